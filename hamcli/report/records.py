@@ -1,0 +1,510 @@
+"""What a run found, as plain records with numbers and units; no torch, nothing computed from weights.
+
+A record is what `report.json` holds, key by key. `to_json` is canonical: sorted keys, ASCII, finite
+numbers only (NaN and infinity become null), so that equal runs give equal bytes apart from the fields
+that `Report.volatile` names. Pages for people are made from the same records by `html` and `card`.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self, cast
+
+from hamcli.errors import InputRefused
+
+SCHEMA_VERSION = 1
+REPORT_NAME = "report.json"
+REPORT_LIMIT_BYTES = 64 * 2**20
+CURVE_LIMIT = 2000
+
+# Times measured on the machine: the only numbers that may differ between two identical runs.
+VOLATILE = ("speed.dense", "speed.ratio", "speed.sparse", "training.seconds")
+
+NO_SPEED = (
+    "Stock runtimes compute with zeros as with any other number: a dense checkpoint runs at the "
+    "speed of the model it came from. No speed-up is claimed."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRecord:
+    """Where the dense model came from.
+
+    Args:
+        id: The model as the user named it; a folder by its last name, never an absolute path.
+        revision: Commit of a hub model.
+        sha256: Digest of each file that was read, by relative name.
+        task: What the model was trained and measured as.
+        architecture: Class name from the model's own config.
+        is_hub: Whether `id` is a hub id; the model card links it as the base model then.
+        license: SPDX id when the source states one.
+    """
+
+    id: str
+    revision: str | None = None
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
+    task: str | None = None
+    architecture: str | None = None
+    is_hub: bool = False
+    license: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EnvironmentRecord:
+    """The machine and the versions that the bytes depend on; no host name, no path, no time."""
+
+    versions: dict[str, str] = dataclasses.field(default_factory=dict)
+    device: str = "cpu"
+    threads: int = 1
+    device_name: str | None = None
+    precision: str | None = None
+    python: str | None = None
+    platform: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SparsityRecord:
+    """Zeros counted in the written file.
+
+    Args:
+        target: Fraction of the targets' weights asked to be zero.
+        achieved: `zeros / total`.
+        zeros: Zeros among the targets' weights, tied tensors once.
+        total: Number of the targets' weights.
+        overall_achieved: `zeros / num_parameters`.
+        num_parameters: All parameters of the model.
+        threshold: Largest magnitude that was dropped.
+        natural_zeros: Zeros that the dense targets already held.
+    """
+
+    target: float
+    achieved: float
+    zeros: int
+    total: int
+    overall_achieved: float
+    num_parameters: int
+    threshold: float | None = None
+    natural_zeros: int = 0
+    method: str | None = None
+    allocation: str | None = None
+    pattern: str | None = None
+
+    @classmethod
+    def counted(
+        cls, target: float, *, zeros: int, total: int, num_parameters: int, **more: Any
+    ) -> Self:
+        """A record whose two fractions follow from its three counts."""
+        return cls(
+            target=target,
+            achieved=_fraction(zeros, total),
+            zeros=zeros,
+            total=total,
+            overall_achieved=_fraction(zeros, num_parameters),
+            num_parameters=num_parameters,
+            **more,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class TensorRecord:
+    """One prunable tensor as counted in the written file, by its name there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    zeros: int
+    total: int
+    sparsity: float
+
+    @classmethod
+    def counted(
+        cls, name: str, *, shape: Sequence[int], dtype: str, zeros: int, total: int
+    ) -> Self:
+        """A record whose sparsity follows from its counts."""
+        return cls(name, tuple(shape), dtype, zeros, total, _fraction(zeros, total))
+
+
+@dataclass(frozen=True, slots=True)
+class QualityRecord:
+    """Quality on held-out data, the dense model beside the sparse one.
+
+    Args:
+        metric: Name of the number, `"accuracy"`, `"perplexity"`, `"cosine to dense"`.
+        dense: Value of the dense model.
+        sparse: Value of the model as reloaded from the written files.
+        drop: What was lost, positive when worse: absolute where higher is better, else relative.
+        data: What it was measured on, in words.
+        num_examples: How many held-out examples.
+        higher_is_better: Which way the metric counts.
+        one_shot: Value of pruning the same targets as far in one shot, without training.
+        agreement: Fraction of predictions that are those of the dense model.
+        dense_loss: Held-out loss of the dense model.
+        sparse_loss: Held-out loss of the sparse model.
+    """
+
+    metric: str
+    dense: float | None
+    sparse: float | None
+    drop: float | None
+    data: str
+    num_examples: int
+    higher_is_better: bool = True
+    one_shot: float | None = None
+    agreement: float | None = None
+    dense_loss: float | None = None
+    sparse_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DataRecord:
+    """What the run learned from, in words and counts."""
+
+    description: str
+    source: str | None = None
+    num_train: int | None = None
+    num_evaluation: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class FileRecord:
+    """One written file, by its path relative to the folder."""
+
+    path: str
+    bytes: int
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SizeRecord:
+    """Bytes of the weights on disk.
+
+    Args:
+        dense_bytes: The written weight files.
+        packed_bytes: The same in the packed form, when it was written.
+        gzip_bytes: The written weight files after gzip.
+        input_bytes: The weight files the run started from.
+        input_gzip_bytes: Those after gzip.
+    """
+
+    dense_bytes: int
+    packed_bytes: int | None = None
+    gzip_bytes: int | None = None
+    input_bytes: int | None = None
+    input_gzip_bytes: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SpeedRecord:
+    """Measured inference, dense beside sparse, in `unit`; `ratio` above 1 when sparse is faster."""
+
+    runtime: str
+    dense: float | None
+    sparse: float | None
+    ratio: float | None
+    unit: str = "examples/s"
+
+
+@dataclass(frozen=True, slots=True)
+class Curves:
+    """What the run looked like step by step; all columns as long as `step`, None where unknown."""
+
+    step: tuple[int, ...] = ()
+    loss: tuple[float | None, ...] = ()
+    sparsity: tuple[float | None, ...] = ()
+    lr: tuple[float | None, ...] = ()
+    exponent_mean: tuple[float | None, ...] = ()
+    exponent_max: tuple[float | None, ...] = ()
+
+    @classmethod
+    def from_rows(cls, rows: Sequence[Mapping[str, Any]], *, limit: int = CURVE_LIMIT) -> Self:
+        """Columns from a history of rows; evenly thinned to `limit` rows, first and last kept."""
+        rows = [rows[index] for index in _evenly(len(rows), limit)]
+        return cls(
+            step=tuple(int(row["step"]) for row in rows),
+            **{
+                field.name: tuple(_finite(row.get(field.name)) for row in rows)
+                for field in dataclasses.fields(cls)
+                if field.name != "step"
+            },
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class HamRecord:
+    """What the mirror step did.
+
+    Args:
+        scaling: `"raw"`, `"calibrated"` or `"normalised"`.
+        strength: Size asked of the exponent where the scaling has one.
+        alpha: Strength of the gradient term; None where it differs between groups.
+        beta: Strength of the decay term.
+        clamp: Largest exponent allowed.
+        exponent_mean: Mean magnitude of the exponent over the run.
+        exponent_max: Largest magnitude of the exponent in the run.
+        clamped_fraction: Fraction of exponents cut at the clamp.
+        guard_events: How often the guard made alpha smaller.
+    """
+
+    scaling: str
+    strength: float | None = None
+    alpha: float | None = None
+    beta: float | None = None
+    clamp: float | None = None
+    exponent_mean: float | None = None
+    exponent_max: float | None = None
+    clamped_fraction: float | None = None
+    guard_events: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TrainingRecord:
+    """The fine-tuning.
+
+    Args:
+        steps: Optimizer steps done.
+        seconds: Wall time over all parts of a resumed run.
+        ham_moved_fraction: Fraction of mirrored weights that the mirror step changed, mean over steps.
+        sign_flips: Fraction of surviving weights whose sign is not that of the dense model.
+        curves: Step by step.
+        ham: What the mirror step did; None for a run without it.
+        batch_size: Examples per optimizer step.
+        skipped_steps: Steps left out because a gradient was not finite.
+        objective: What was minimised, in words.
+        optimizer: Base optimizer.
+    """
+
+    steps: int
+    seconds: float | None
+    ham_moved_fraction: float | None
+    sign_flips: float | None
+    curves: Curves = Curves()
+    ham: HamRecord | None = None
+    batch_size: int | None = None
+    skipped_steps: int = 0
+    objective: str | None = None
+    optimizer: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class GateCondition:
+    """One condition, `"max_drop"` or `"min_sparsity"`, its limit and the value found."""
+
+    name: str
+    limit: float
+    value: float | None
+    passed: bool
+
+
+@dataclass(frozen=True, slots=True)
+class GateRecord:
+    """The verdict; passed when every condition is."""
+
+    passed: bool
+    conditions: tuple[GateCondition, ...] = ()
+
+    @classmethod
+    def of(cls, *conditions: GateCondition) -> Self:
+        """The verdict that follows from its conditions."""
+        return cls(all(condition.passed for condition in conditions), conditions)
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """Weights of the targets near zero, before and after, over the same bins.
+
+    Args:
+        edges: Bin edges, ascending, one more than there are bins.
+        before: Counts of the dense model's weights, exact zeros left out.
+        after: Counts of the written model's weights, exact zeros left out.
+        before_zeros: Exact zeros of the dense model.
+        after_zeros: Exact zeros of the written model.
+        total: Weights of the targets, those outside the bins included.
+        unit: What the edges are measured in.
+    """
+
+    edges: tuple[float, ...]
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+    before_zeros: int
+    after_zeros: int
+    total: int
+    unit: str = "weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """Everything a run found; the whole of `report.json`."""
+
+    ham_version: str
+    model: ModelRecord
+    recipe: dict[str, Any]
+    environment: EnvironmentRecord
+    sparsity: SparsityRecord
+    tensors: tuple[TensorRecord, ...]
+    files: tuple[FileRecord, ...]
+    size: SizeRecord
+    quality: QualityRecord | None = None
+    speed: SpeedRecord | None = None
+    speed_reason: str | None = NO_SPEED
+    training: TrainingRecord | None = None
+    gate: GateRecord | None = None
+    command: str = "sparsify"
+    data: DataRecord | None = None
+    histogram: Histogram | None = None
+    warnings: tuple[str, ...] = ()
+    volatile: tuple[str, ...] = VOLATILE
+    schema_version: int = SCHEMA_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and finite numbers; every key of the schema is there."""
+        return cast(dict[str, Any], _plain(self))
+
+    def to_json(self) -> str:
+        """The canonical text of `report.json`, ASCII, keys sorted."""
+        text = json.dumps(self.to_dict(), sort_keys=True, indent=1, allow_nan=False)
+        return text + "\n"
+
+    @classmethod
+    def from_dict(cls, document: Mapping[str, Any]) -> Self:
+        """The report that `to_dict` made; keys that this version does not know are passed over.
+
+        Raises:
+            InputRefused: A key is missing, a value has the wrong type, or the schema is newer.
+        """
+        version = document.get("schema_version") if isinstance(document, Mapping) else None
+        if not isinstance(version, int) or version > SCHEMA_VERSION:
+            raise _refused("schema_version", f"is {version!r}", f"at most {SCHEMA_VERSION}")
+        return cast(Self, _read(cls, document, ""))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The report that `to_json` wrote.
+
+        Raises:
+            InputRefused: The text is no JSON object, or no report.
+        """
+        try:
+            document = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise _refused("", f"is not JSON: {error}", "one JSON object") from error
+        return cls.from_dict(document)
+
+
+def read_report(path: Path) -> Report:
+    """The report at `path`, a `report.json` or the folder that holds one.
+
+    Raises:
+        InputRefused: There is none, or it cannot be read as one.
+    """
+    file = path / REPORT_NAME if path.is_dir() else path
+    try:
+        with file.open("rb") as stream:
+            content = stream.read(REPORT_LIMIT_BYTES + 1)
+    except OSError as error:
+        raise InputRefused(
+            "E446",
+            "no report",
+            file,
+            error.strerror or str(error),
+            f"a folder written by ham, with its {REPORT_NAME}",
+        ) from error
+    if len(content) > REPORT_LIMIT_BYTES:
+        raise _refused("", "is too large", f"at most {REPORT_LIMIT_BYTES:,} bytes", file)
+    try:
+        return Report.from_json(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise _refused("", "is not UTF-8", "JSON text", file) from error
+    except InputRefused as error:
+        raise InputRefused(
+            error.code,
+            error.what,
+            f"{file}: {error.where}" if error.where else file,
+            error.why,
+            error.right,
+        ) from error
+
+
+def _fraction(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0
+
+
+def _finite(value: Any) -> float | None:
+    if value is None:
+        return None
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _evenly(length: int, limit: int) -> list[int]:
+    if length <= limit:
+        return list(range(length))
+    return [round(index * (length - 1) / (limit - 1)) for index in range(limit)]
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        return {
+            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if value is None or isinstance(value, str | bool | int):
+        return value
+    return _finite(value)
+
+
+def _read(kind: Any, value: Any, where: str) -> Any:
+    """`value`, as JSON gives it, as the type that a record's field declares."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if origin in (typing.Union, types.UnionType):
+        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
+        return None if value is None else _read(inner, value, where)
+    if origin is tuple:
+        items = _expect(list, value, where)
+        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
+    if origin is dict:
+        entries = _expect(dict, value, where)
+        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
+    if dataclasses.is_dataclass(kind):
+        return _read_record(cast(type[Any], kind), _expect(dict, value, where), where)
+    return _read_scalar(kind, value, where)
+
+
+def _read_record(kind: type[Any], value: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    fields = {}
+    for field in dataclasses.fields(kind):
+        key = f"{where}.{field.name}" if where else field.name
+        if field.name in value:
+            fields[field.name] = _read(hints[field.name], value[field.name], key)
+        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
+            raise _refused(key, "is missing", "every key of the schema")
+    return kind(**fields)
+
+
+def _read_scalar(kind: Any, value: Any, where: str) -> Any:
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if kind is not bool and isinstance(value, bool):
+        raise _refused(where, "is a bool", kind.__name__)
+    return _expect(kind, value, where)
+
+
+def _expect(kind: type[Any], value: Any, where: str) -> Any:
+    if not isinstance(value, kind):
+        raise _refused(where, f"is a {type(value).__name__}", kind.__name__)
+    return value
+
+
+def _refused(key: str, why: str, right: str, file: Path | None = None) -> InputRefused:
+    return InputRefused("E447", "not a report", file or key, why, right)
