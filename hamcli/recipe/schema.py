@@ -1,0 +1,237 @@
+"""What a recipe may say: sections, keys, types, ranges and defaults.
+
+Strict and frozen: an unknown key, a wrong type or a value out of range is refused. Cross-checks
+that need the model (does a glob match, does a pattern fit) belong to the rooms that see it.
+"""
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic_core import PydanticCustomError
+
+Task = Literal[
+    "causal-lm",
+    "masked-lm",
+    "text-classification",
+    "token-classification",
+    "image-classification",
+    "feature-extraction",
+]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Floats = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=16)]
+Globs = Annotated[tuple[str, ...], Field(strict=False)]
+
+PATTERN_REGEX = r"^(unstructured|[1-9][0-9]?:[1-9][0-9]?)$"
+
+
+class Section(BaseModel):
+    """What every section shares: strict types, no unknown keys, finite numbers, no changes."""
+
+    model_config = ConfigDict(
+        strict=True, extra="forbid", frozen=True, allow_inf_nan=False, protected_namespaces=()
+    )
+
+
+class Model(Section):
+    """Which model, and how it is opened."""
+
+    id: str | None = Field(None, description="hub id, folder, .safetensors file or builtin:minilm")
+    task: Literal["auto"] | Task = Field("auto", description="what the model does")
+    config: str | None = Field(None, description="config.json of a bare .safetensors file")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="dtype the weights are trained in; auto = float32"
+    )
+
+
+class DataSection(Section):
+    """What the model is trained and measured on."""
+
+    source: str | None = Field(
+        None, description="file, folder or dataset id name[:config][:split]; null = built-in sample"
+    )
+    evaluation: str | None = Field(None, description="another source, held out; null = split one")
+    text: str | None = Field(None, description="column of text; null = guess")
+    text_pair: str | None = Field(None, description="column of a second text")
+    label: str | None = Field(None, description="column of labels; null = guess")
+    image: str | None = Field(None, description="column of images; null = guess")
+    tokens: str | None = Field(None, description="column of token lists; null = guess")
+    split: str = Field("train", description="split of a dataset id to train on")
+    evaluation_split: str | None = Field(None, description="split of a dataset id to measure on")
+    evaluation_fraction: float = Field(
+        0.1, gt=0.0, lt=1.0, description="share held out where no evaluation source is named"
+    )
+    max_length: int = Field(128, ge=8, le=131072, description="tokens a block or example")
+    max_examples: Count | None = Field(None, description="cap on training examples")
+    pack: bool | Literal["auto"] = Field("auto", description="join texts into full blocks")
+    mask_probability: float = Field(0.15, gt=0.0, lt=1.0, description="share of masked tokens")
+    mean: Floats | None = Field(None, description="pixel mean a channel, of values in 0..1")
+    std: Floats | None = Field(None, description="pixel standard deviation a channel")
+
+
+class TargetsSection(Section):
+    """Which weights may become zero: globs over module names."""
+
+    include: Annotated[Globs, Field(min_length=1)] = Field(("*",), description="may become zero")
+    exclude: Globs | None = Field(
+        None, description="stay dense; null = embeddings, heads and poolers, found in the model"
+    )
+
+
+class Distill(Section):
+    """What is learned from the dense teacher; a term that the task lacks is left out."""
+
+    logits: NonNegative = Field(0.9, description="weight of the KL divergence of the logits")
+    hidden: NonNegative = Field(0.0, description="weight of the error of the hidden states")
+    embedding: NonNegative = Field(0.0, description="weight of 1 - cosine of pooled embeddings")
+    temperature: Positive = Field(2.0, description="softens the logits")
+
+
+class ObjectiveSection(Section):
+    """What is minimised: a weighted sum."""
+
+    task: NonNegative = Field(0.1, description="weight of the task's own loss (needs labels)")
+    distill: Distill = Field(default_factory=lambda: Distill())
+
+
+class Ham(Section):
+    """The mirror step (arXiv 2506.02630)."""
+
+    alpha: Literal["auto"] | NonNegative = Field("auto", description="0 and beta 0 = HAM off")
+    beta: Literal["auto"] | NonNegative = Field("auto", description="pull towards zero")
+    scaling: Literal["auto", "raw", "calibrated", "normalised"] = Field(
+        "auto", description="how alpha is found: as given, by calibration, per tensor and step"
+    )
+    strength: Positive | None = Field(
+        None, description="mean exponent a step at peak lr that auto scaling aims at"
+    )
+    clamp: Positive | None = Field(None, description="limit of the exponent; null = by scaling")
+    backend: Literal["auto", "rule", "cpu", "gpu"] = Field("auto", description="who computes it")
+
+
+class OptimizerSection(Section):
+    """The base optimizer, its schedule, and HAM on top."""
+
+    base: Literal["adamw", "adam", "sgd"] = "adamw"
+    lr: Positive = Field(1e-4, description="peak learning rate")
+    weight_decay: NonNegative = 0.0
+    betas: Annotated[
+        tuple[
+            Annotated[float, Field(ge=0.0, lt=1.0)],
+            Annotated[float, Field(ge=0.0, lt=1.0)],
+        ],
+        Field(strict=False),
+    ] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    momentum: float = Field(0.9, ge=0.0, lt=1.0, description="of base sgd")
+    nesterov: bool = Field(False, description="of base sgd")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="to zero")
+    warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the run, from zero up")
+    max_grad_norm: NonNegative = Field(1.0, description="clip before the base step; 0 = off")
+    ham: Ham = Field(default_factory=lambda: Ham())
+
+
+class SparsitySection(Section):
+    """How many weights, when, and in which shape."""
+
+    target: Fraction = Field(0.9, description="share of the targets that becomes zero")
+    method: Literal["gradual", "one-shot"] = "gradual"
+    allocation: Literal["global", "uniform", "erk"] = "global"
+    pattern: str = Field("unstructured", pattern=PATTERN_REGEX, description="or N:M, as 2:4")
+    ramp_start: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run before zeros")
+    freeze_last: float = Field(
+        0.3, ge=0.0, lt=1.0, description="share of the run that trains the final zeros only"
+    )
+    update_every: float = Field(0.01, gt=0.0, le=1.0, description="share of the run")
+    min_sparsity: Fraction = Field(0.0, description="of every single tensor")
+    max_sparsity: Fraction = Field(1.0, description="of every single tensor")
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        if self.ramp_start + self.freeze_last >= 1.0:
+            raise PydanticCustomError("ramp", "ramp_start + freeze_last leave no room for a ramp")
+        if self.min_sparsity > self.max_sparsity:
+            raise PydanticCustomError("clamps", "min_sparsity is above max_sparsity")
+        if not self.min_sparsity <= self.target <= self.max_sparsity:
+            raise PydanticCustomError(
+                "clamps", "target lies outside min_sparsity and max_sparsity of every tensor"
+            )
+        if self.pattern != "unstructured":
+            kept, group = map(int, self.pattern.split(":"))
+            if kept >= group:
+                raise PydanticCustomError(
+                    "pattern", "pattern N:M keeps N of each M weights: N must be below M"
+                )
+            fixed = 1 - kept / group
+            if abs(self.target - fixed) > 1e-9:
+                raise PydanticCustomError(
+                    "pattern",
+                    "pattern {pattern} fixes the sparsity at {fixed}: set target to it",
+                    {"pattern": self.pattern, "fixed": fixed},
+                )
+        return self
+
+
+class TrainingSection(Section):
+    """How long, how much at once, in which numbers, on what."""
+
+    steps: Count = Field(1000, description="optimizer steps")
+    batch_size: Count = Field(32, description="examples a micro-step")
+    accumulation: Count = Field(1, description="micro-steps an optimizer step")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="autocast; auto = bf16 where a GPU has it, fp32 elsewhere"
+    )
+    seed: int = Field(0, ge=0, lt=2**31)
+    checkpoint_every: Count = Field(100, description="optimizer steps between run checkpoints")
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")
+
+
+class EvaluationSection(Section):
+    """How quality is measured."""
+
+    examples: Count = Field(512, description="held-out examples at most")
+    batch_size: Count = 32
+
+
+class ExportSection(Section):
+    """How the result is written."""
+
+    format: Literal["dense"] = Field("dense", description="stock safetensors with zeros")
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="auto = the dtype of the input files"
+    )
+    max_shard_size: str = Field("5GB", pattern=r"^[1-9][0-9]{0,6}(KB|MB|GB)$")
+
+
+class GateSection(Section):
+    """What must hold for exit code 0."""
+
+    max_drop: NonNegative | None = Field(None, description="greatest loss of quality")
+    min_sparsity: Fraction | None = Field(None, description="of the targets")
+
+
+class Recipe(Section):
+    """All that a run depends on besides its input files and versions."""
+
+    model: Model = Field(default_factory=Model)
+    data: DataSection = Field(default_factory=lambda: DataSection())
+    targets: TargetsSection = Field(default_factory=lambda: TargetsSection())
+    objective: ObjectiveSection = Field(default_factory=lambda: ObjectiveSection())
+    optimizer: OptimizerSection = Field(default_factory=lambda: OptimizerSection())
+    sparsity: SparsitySection = Field(default_factory=lambda: SparsitySection())
+    training: TrainingSection = Field(default_factory=lambda: TrainingSection())
+    evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection())
+    export: ExportSection = Field(default_factory=lambda: ExportSection())
+    gate: GateSection = Field(default_factory=lambda: GateSection())
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML or JSON would hold it."""
+        return self.model_dump(mode="json")
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema of a recipe, for editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

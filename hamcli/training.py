@@ -1,0 +1,224 @@
+"""The training loop: batches, loss, clipping, steps. Which optimizer and which method it does not know.
+
+Everything that varies with time is a pure function of the step (batch, learning rate, random
+seed), so a run that is stopped after any step and goes on from its weights and states is the same
+run bit for bit. accelerate brings precision, devices and processes.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from hamcli.errors import Diverged
+from hamcli.progress import StepRecord
+
+Batch = dict[str, Tensor]
+
+
+class Exponents(Protocol):
+    """What the optimizer measured of one mirror step."""
+
+    @property
+    def mean(self) -> float:
+        """Mean of |exponent|."""
+
+    @property
+    def max(self) -> float:
+        """Greatest |exponent|."""
+
+    @property
+    def moved_fraction(self) -> float:
+        """Share of the mirrored weights that the mirror step changed."""
+
+
+@dataclass(frozen=True, slots=True)
+class Hooks:
+    """What the loop asks others for at each step.
+
+    Attributes:
+        batch_at: Micro-step (from 0) to a batch on the CPU.
+        loss_of: Model and batch to a scalar loss.
+        lr_at: Optimizer step (from 1) to the learning rate of that step.
+        measures: Whether the optimizer measures its mirror step on this step.
+        exponents: The last measurement.
+        after_step: Called when the optimizer's step is done; returns the sparsity that now holds.
+    """
+
+    batch_at: Callable[[int], Batch]
+    loss_of: Callable[[nn.Module, Batch], Tensor]
+    lr_at: Callable[[int], float]
+    measures: Callable[[int], bool]
+    exponents: Callable[[], Exponents | None]
+    after_step: Callable[[int], float]
+
+
+def make_accelerator(device: str, precision: str) -> Any:
+    """An `accelerate.Accelerator` for one device name and one precision.
+
+    Args:
+        device: auto, cpu, mps, cuda or cuda:N.
+        precision: auto, fp32, bf16 or fp16; auto is bf16 on a GPU that has it, else fp32.
+    """
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+
+    on_cuda = device != "cpu" and device != "mps" and torch.cuda.is_available()
+    if device.startswith("cuda:"):
+        torch.cuda.set_device(device)
+    if precision == "auto":
+        precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "fp32"
+    # One process may run several jobs; accelerate keeps the first one's settings otherwise.
+    AcceleratorState._reset_state(reset_partial_state=True)
+    return Accelerator(
+        cpu=device == "cpu",
+        mixed_precision="no" if precision == "fp32" else precision,
+    )
+
+
+def warm_up_and_decay(schedule: str, *, peak: float, steps: int, warmup: float) -> Callable[[int], float]:
+    """Learning rate of each optimizer step, counted from 1.
+
+    Linear from near zero over the first `warmup` of the run, then `cosine` or `linear` towards
+    zero, which is reached one step after the last, or `constant`.
+
+    Args:
+        schedule: cosine, linear or constant.
+        peak: Highest learning rate.
+        steps: Length of the run.
+        warmup: Fraction of the run, 0 to 1.
+    """
+    rising = round(warmup * steps)
+
+    def lr_at(step: int) -> float:
+        if step <= rising:
+            return peak * step / (rising + 1)
+        if schedule == "constant":
+            return peak
+        done = (step - rising - 1) / (steps - rising)
+        return peak * (0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done)
+
+    return lr_at
+
+
+def train(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    hooks: Hooks,
+    *,
+    accelerator: Any,
+    first_step: int,
+    last_step: int,
+    accumulation: int,
+    max_grad_norm: float,
+    seed: int,
+) -> Iterator[StepRecord]:
+    """Train from `first_step` to `last_step`, counted from 1, and yield a record after each.
+
+    Order in a step: forward and backward of each micro-step, clip, check that the norm is finite,
+    optimizer step (base, mirror, mask), `after_step`. What the caller does between two records
+    happens between two whole steps.
+
+    Raises:
+        Diverged: The loss or the gradient became non-finite; the weights are those of the step
+            before.
+    """
+    wrapped, stepper = accelerator.prepare(model, optimizer)
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    wrapped.train()
+    for step in range(first_step, last_step + 1):
+        lr = hooks.lr_at(step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        loss = _accumulate(wrapped, hooks, step, accelerator, accumulation, seed)
+        norm = accelerator.clip_grad_norm_(params, max_grad_norm if max_grad_norm > 0 else math.inf)
+        _refuse_divergence(step, loss, float(norm), model)
+        stepper.step()
+        stepper.zero_grad()
+        measured = hooks.exponents() if hooks.measures(step) else None
+        yield StepRecord(
+            step=step,
+            loss=loss,
+            sparsity=hooks.after_step(step),
+            lr=lr,
+            grad_norm=float(norm),
+            exponent_mean=measured.mean if measured else None,
+            exponent_max=measured.max if measured else None,
+            moved_fraction=measured.moved_fraction if measured else None,
+        )
+
+
+def _accumulate(
+    model: nn.Module, hooks: Hooks, step: int, accelerator: Any, accumulation: int, seed: int
+) -> float:
+    """Gradients of one optimizer step: the mean over its micro-steps. Returns the mean loss."""
+    total = 0.0
+    for part in range(accumulation):
+        micro_step = (step - 1) * accumulation + part
+        batch = to_device(hooks.batch_at(micro_step), accelerator.device)
+        # Dropout of a step must not depend on what ran before it, or a resumed run would differ.
+        torch.manual_seed(step_seed(seed, micro_step))
+        is_last = part == accumulation - 1
+        with nullcontext() if is_last else accelerator.no_sync(model), accelerator.autocast():
+            loss = hooks.loss_of(model, batch)
+        accelerator.backward(loss / accumulation)
+        total += float(loss.detach())
+    return total / accumulation
+
+
+def step_seed(seed: int, micro_step: int) -> int:
+    """A seed of its own for each micro-step; distinct for all runs shorter than 2^31 micro-steps."""
+    return (seed << 31) + micro_step
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with every tensor on `device`."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _refuse_divergence(step: int, loss: float, norm: float, model: nn.Module) -> None:
+    if math.isfinite(loss) and math.isfinite(norm):
+        return
+    bad = first_non_finite((name, param.grad) for name, param in model.named_parameters())
+    raise Diverged(
+        "E701",
+        "training diverged",
+        f"step {step}",
+        f"loss {loss:.4g}, gradient norm {norm:.4g}"
+        + (f", first non-finite gradient in {bad}" if bad else ""),
+        "a lower optimizer.lr, or optimizer.max_grad_norm above 0",
+    )
+
+
+def first_non_finite(named: Iterator[tuple[str, Tensor | None]] | Sequence[tuple[str, Tensor]]) -> str | None:
+    """Name of the first tensor that holds NaN or infinity."""
+    for name, tensor in named:
+        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+            return name
+    return None
+
+
+def curves(records: Sequence[StepRecord], *, points: int = 400) -> Mapping[str, list[float | None]]:
+    """Columns of at most about `points` rows, evenly thinned, the last record always among them.
+
+    The loss of a row is the mean over the steps since the row before, so thinning hides no spike.
+    """
+    stride = max(1, math.ceil(len(records) / points))
+    rows = [records[start : start + stride] for start in range(0, len(records), stride)]
+    return {
+        "step": [float(row[-1].step) for row in rows],
+        "loss": [sum(record.loss for record in row) / len(row) for row in rows],
+        "sparsity": [row[-1].sparsity for row in rows],
+        "lr": [row[-1].lr for row in rows],
+        "exponent_mean": [_last_measured(row, "exponent_mean") for row in rows],
+        "exponent_max": [_last_measured(row, "exponent_max") for row in rows],
+    }
+
+
+def _last_measured(row: Sequence[StepRecord], key: str) -> float | None:
+    found = [getattr(record, key) for record in row if getattr(record, key) is not None]
+    return found[-1] if found else None
