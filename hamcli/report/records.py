@@ -1,17 +1,20 @@
-"""What a run found, as plain records with numbers and units; no torch, nothing computed from weights.
+"""What a run found, as plain records of words and numbers; imports no torch.
 
 A record is what `report.json` holds, key by key. `to_json` is canonical: sorted keys, ASCII, finite
-numbers only (NaN and infinity become null), so that equal runs give equal bytes apart from the fields
-that `Report.volatile` names. Pages for people are made from the same records by `html` and `card`.
+numbers only (NaN and infinity become null), so that equal runs give equal bytes apart from the
+fields that `Report.volatile` names. `html` and `card` make pages for people from the same records.
 """
 
 import dataclasses
 import json
 import math
+import numbers
+import re
 import types
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Self, cast
 
@@ -24,6 +27,10 @@ CURVE_LIMIT = 2000
 
 # Times measured on the machine: the only numbers that may differ between two identical runs.
 VOLATILE = ("speed.dense", "speed.ratio", "speed.sparse", "training.seconds")
+
+# A list without nested lists, objects or strings. JSON strings hold no raw line break, so that the
+# one after the bracket proves that the match is no part of a string.
+_NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 
 NO_SPEED = (
     "Stock runtimes compute with zeros as with any other number: a dense checkpoint runs at the "
@@ -93,6 +100,11 @@ class SparsityRecord:
     method: str | None = None
     allocation: str | None = None
     pattern: str | None = None
+
+    @property
+    def asked_zeros(self) -> int:
+        """Zeros that the target asks for: `target * total` rounded half to even, exactly."""
+        return round(Fraction(repr(self.target)) * self.total)
 
     @classmethod
     def counted(
@@ -269,7 +281,7 @@ class TrainingRecord:
     Args:
         steps: Optimizer steps done.
         seconds: Wall time over all parts of a resumed run.
-        ham_moved_fraction: Fraction of mirrored weights that the mirror step changed, mean over steps.
+        ham_moved_fraction: Fraction of mirrored weights that a mirror step changed, mean of steps.
         sign_flips: Fraction of surviving weights whose sign is not that of the dense model.
         curves: Step by step.
         ham: What the mirror step did; None for a run without it.
@@ -368,7 +380,7 @@ class Report:
     def to_json(self) -> str:
         """The canonical text of `report.json`, ASCII, keys sorted."""
         text = json.dumps(self.to_dict(), sort_keys=True, indent=1, allow_nan=False)
-        return text + "\n"
+        return _NUMBER_LIST.sub(_on_one_line, text) + "\n"
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
@@ -441,6 +453,10 @@ def _finite(value: Any) -> float | None:
     return number if math.isfinite(number) else None
 
 
+def _on_one_line(match: re.Match[str]) -> str:
+    return "[" + " ".join(match.group()[1:-1].split()) + "]"
+
+
 def _evenly(length: int, limit: int) -> list[int]:
     if length <= limit:
         return list(range(length))
@@ -456,9 +472,9 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool | int):
+    if value is None or isinstance(value, str | bool):
         return value
-    return _finite(value)
+    return int(value) if isinstance(value, numbers.Integral) else _finite(value)
 
 
 def _read(kind: Any, value: Any, where: str) -> Any:
