@@ -1,0 +1,257 @@
+"""One target → masks over all targets: allocation, pattern and selection put together."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+from torch import Tensor
+
+from hamcli.errors import RecipeError
+from hamcli.sparsity.allocate import allocate
+from hamcli.sparsity.score import Score, Scores, magnitude
+from hamcli.sparsity.select import exact, exact_masks, global_masks, n_m_mask, num_zeros
+from hamcli.sparsity.targets import Targets
+
+PATTERN_TOLERANCE = Fraction(5, 10_000)  # 0.667 is 1:3 to those who write three digits
+NAMES_SHOWN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Where the zeros may lie; made by `make_rules`, which has checked that they fit the targets.
+
+    Attributes:
+        target: Sparsity at the end, 0 to 1.
+        total: Number of prunable weights.
+        allocation: global, uniform or erk.
+        kept_of: (n, m) of an N:M pattern, None when unstructured.
+        min_sparsity: Lowest sparsity of each tensor at the end.
+        max_sparsity: Highest sparsity of each tensor.
+    """
+
+    target: float
+    total: int
+    allocation: str
+    kept_of: tuple[int, int] | None
+    min_sparsity: float
+    max_sparsity: float
+
+    @property
+    def num_zeros(self) -> int:
+        """Zeros at the end, if the model does not bring more."""
+        if self.kept_of is None:
+            return num_zeros(self.target, self.total)
+        n, m = self.kept_of
+        return self.total // m * (m - n)
+
+
+def make_rules(
+    targets: Targets,
+    *,
+    target: float,
+    allocation: str = "global",
+    pattern: str = "unstructured",
+    min_sparsity: float = 0.0,
+    max_sparsity: float = 1.0,
+) -> Rules:
+    """Check that the recipe's words fit each other and the targets.
+
+    Args:
+        targets: What may become zero.
+        target: Sparsity at the end, 0 to 1; of N:M, 1 - N/M.
+        allocation: global, uniform or erk; N:M is uniform whatever global or uniform says.
+        pattern: unstructured or N:M.
+        min_sparsity: Lowest sparsity of each tensor.
+        max_sparsity: Highest sparsity of each tensor.
+
+    Raises:
+        RecipeError: E221, the bounds exclude the target. E222, the pattern makes no sense. E223,
+            the target is not the pattern's. E224, a tensor cannot be cut into groups of M. E225,
+            the allocation does not go with the pattern.
+    """
+    kept_of = parse_pattern(pattern)
+    if kept_of is not None:
+        _refuse_misfit(targets, target, allocation, pattern, kept_of)
+    _refuse_bounds(target, min_sparsity, max_sparsity)
+    return Rules(target, targets.total, allocation, kept_of, min_sparsity, max_sparsity)
+
+
+def parse_pattern(pattern: str) -> tuple[int, int] | None:
+    """(n, m) of "N:M", None of "unstructured".
+
+    Raises:
+        RecipeError: E222.
+    """
+    if pattern == "unstructured":
+        return None
+    kept, _, group = pattern.partition(":")
+    if kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group):
+        return int(kept), int(group)
+    raise RecipeError(
+        "E222",
+        "unknown pattern",
+        "sparsity.pattern",
+        f'"{pattern}"',
+        "unstructured, or N:M which keeps N of each M weights, 0 < N < M, as 2:4",
+    )
+
+
+def choose_masks(
+    targets: Targets,
+    rules: Rules,
+    num_zeros: int,
+    *,
+    masks: Sequence[Tensor] | None = None,
+    score: Score = magnitude,
+) -> list[Tensor]:
+    """Masks with exactly `num_zeros` zeros, or more where more weights are masked already.
+
+    Under N:M they lie among the weights that the pattern would drop, so that every mask on the way
+    leads to it; the last one is the pattern itself.
+
+    Args:
+        targets: What may become zero.
+        rules: Where the zeros may lie.
+        num_zeros: Now due, at most `rules.num_zeros`.
+        masks: What they drop stays dropped.
+        score: Weights → scores of 0 or more, the larger is kept.
+    """
+    scores = Scores(targets.params, score, masks)
+    already = _counts_dropped(masks) if masks is not None else [0] * len(targets)
+    num_zeros = max(num_zeros, sum(already))
+    if rules.kept_of is not None:
+        return _n_m_masks(targets, rules, num_zeros, scores)
+    # the bound from below grows with the zeros, or a ramp could not start
+    share = Fraction(num_zeros, max(rules.num_zeros, num_zeros, 1))
+    if rules.allocation == "global" and rules.min_sparsity == 0.0 and rules.max_sparsity == 1.0:
+        return global_masks(scores, num_zeros)
+    counts = allocate(
+        [target.param.shape for target in targets],
+        num_zeros,
+        rules.allocation,
+        scores=scores,
+        min_sparsity=exact(rules.min_sparsity) * share,
+        max_sparsity=rules.max_sparsity,
+        already=already,
+        stacked=[target.is_stacked for target in targets],
+    )
+    return exact_masks(scores, counts)
+
+
+def prune_masks(
+    targets: Targets,
+    target: float,
+    *,
+    allocation: str = "global",
+    pattern: str = "unstructured",
+    min_sparsity: float = 0.0,
+    max_sparsity: float = 1.0,
+) -> list[Tensor]:
+    """Masks for pruning once, by magnitude; weights that are zero already count and stay zero.
+
+    Args:
+        targets: What may become zero.
+        target: Sparsity, 0 to 1.
+        allocation: global, uniform or erk.
+        pattern: unstructured or N:M.
+        min_sparsity: Lowest sparsity of each tensor.
+        max_sparsity: Highest sparsity of each tensor.
+
+    Raises:
+        RecipeError: As `make_rules`.
+    """
+    rules = make_rules(
+        targets,
+        target=target,
+        allocation=allocation,
+        pattern=pattern,
+        min_sparsity=min_sparsity,
+        max_sparsity=max_sparsity,
+    )
+    return choose_masks(targets, rules, rules.num_zeros, masks=nonzero_masks(targets))
+
+
+@torch.no_grad()
+def apply_masks_(targets: Targets, masks: Sequence[Tensor]) -> None:
+    """Zero, in place, the weights that the masks (True where kept) drop."""
+    for target, mask in zip(targets, masks, strict=True):
+        # where, not a product: 0 * nan is nan, and -w * 0 stores -0.0
+        target.param.copy_(torch.where(mask, target.param, 0.0))
+
+
+@torch.no_grad()
+def nonzero_masks(targets: Targets) -> list[Tensor]:
+    """Masks that drop what is zero already."""
+    return [target.param != 0 for target in targets]
+
+
+def num_dropped(masks: Sequence[Tensor]) -> int:
+    """Zeros of all masks together."""
+    return sum(_counts_dropped(masks))
+
+
+def _counts_dropped(masks: Sequence[Tensor]) -> list[int]:
+    return [mask.numel() - int(mask.count_nonzero()) for mask in masks]
+
+
+def _n_m_masks(targets: Targets, rules: Rules, num_zeros: int, scores: Scores) -> list[Tensor]:
+    assert rules.kept_of is not None
+    n, m = rules.kept_of
+    masks = [
+        n_m_mask(score, n, m, target.input_dim)
+        for score, target in zip(scores, targets, strict=True)
+    ]
+    if num_zeros < rules.num_zeros:
+        return global_masks(Scores(scores.params, scores.score, scores.masks, masks), num_zeros)
+    if scores.masks is None:
+        return masks
+    # a group that came with more zeros than the pattern asks for keeps them
+    return [mask & before for mask, before in zip(masks, scores.masks, strict=True)]
+
+
+def _refuse_misfit(
+    targets: Targets, target: float, allocation: str, pattern: str, kept_of: tuple[int, int]
+) -> None:
+    n, m = kept_of
+    if abs(exact(target) - Fraction(m - n, m)) > PATTERN_TOLERANCE:
+        raise RecipeError(
+            "E223",
+            "the target is not the pattern's",
+            "sparsity.target",
+            f"{pattern} zeroes {m - n} of each {m} weights, not {target:g} of them",
+            f"{(m - n) / m:.6g}, or another pattern",
+        )
+    if allocation == "erk":
+        raise RecipeError(
+            "E225",
+            "the allocation does not go with the pattern",
+            "sparsity.allocation",
+            f"{pattern} gives every tensor the same sparsity, {allocation} does not",
+            "global or uniform",
+        )
+    uneven = [item.name for item in targets if item.param.shape[item.input_dim] % m]
+    if uneven:
+        shown = ", ".join(uneven[:NAMES_SHOWN])
+        more = f" and {len(uneven) - NAMES_SHOWN} more" if len(uneven) > NAMES_SHOWN else ""
+        listed = ", ".join(["auto", *(name.rpartition(".")[0] or name for name in uneven)])
+        raise RecipeError(
+            "E224",
+            "the pattern does not fit",
+            "sparsity.pattern",
+            f"{pattern}: inputs are no multiple of {m}: {shown}{more}",
+            "exclude them",
+            [f"--set 'targets.exclude=[{listed}]'"],
+        )
+
+
+def _refuse_bounds(target: float, min_sparsity: float, max_sparsity: float) -> None:
+    if not exact(min_sparsity) <= exact(target) <= exact(max_sparsity):
+        raise RecipeError(
+            "E221",
+            "the bounds leave no room for the target",
+            "sparsity.target",
+            f"{target:g} is not between min_sparsity {min_sparsity:g} and "
+            f"max_sparsity {max_sparsity:g}",
+            "min_sparsity <= target <= max_sparsity",
+        )

@@ -1,0 +1,66 @@
+"""How important: weights → scores, the larger is kept. Which of them go is for `select`."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+import torch
+from torch import Tensor
+
+Score = Callable[[Tensor], Tensor]
+
+# Below every score there is: magnitudes are not negative.
+BELOW_ALL = -1.0
+
+
+@torch.no_grad()
+def magnitude(param: Tensor) -> Tensor:
+    """|w|, in the dtype of the weights: the order of bf16 weights is that of their own values."""
+    return param.detach().abs()
+
+
+@dataclass(frozen=True, slots=True)
+class Scores(Sequence[Tensor]):
+    """Scores made when asked for, one tensor at a time, so that they never stand in memory at once.
+
+    Attributes:
+        params: The weights.
+        score: Weights → scores of 0 or more.
+        masks: Weights these drop score below all others, so that what is zero stays so.
+        candidates: Weights these keep score above all others: they are not to be dropped yet.
+    """
+
+    params: Sequence[Tensor]
+    score: Score = magnitude
+    masks: Sequence[Tensor] | None = None
+    candidates: Sequence[Tensor] | None = None
+
+    def __len__(self) -> int:
+        return len(self.params)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return [self._at(place) for place in range(len(self))[index]]
+        return self._at(index)
+
+    @torch.no_grad()
+    def _at(self, index: int) -> Tensor:
+        score = self.score(self.params[index])
+        if self.candidates is not None:
+            score = torch.where(self.candidates[index], torch.inf, score)
+        if self.masks is not None:
+            score = torch.where(self.masks[index], score, BELOW_ALL)
+        return score
+
+    def only(self, indices: Sequence[int]) -> "Scores":
+        """The scores of some of the tensors."""
+        return Scores(
+            [self.params[index] for index in indices],
+            self.score,
+            None if self.masks is None else [self.masks[index] for index in indices],
+            None if self.candidates is None else [self.candidates[index] for index in indices],
+        )

@@ -1,0 +1,407 @@
+"""Which weights may become zero: decided once, used by optimizer, pruner and report.
+
+A weight is prunable when a glob names its module (or the parameter itself, which tells the fused
+experts of one module apart) and it has two or more dimensions. A tied tensor is one target, under
+its first name; so are layers that a model runs through several times.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import overload
+
+from torch import Tensor, nn
+
+from hamcli.errors import RecipeError
+from hamcli.sparsity.globs import is_literal, literal, matches, nearest
+
+AUTO = "auto"  # among the excluded globs it stands for those found in the model
+
+_ROUTERS = ("gate", "router", "shared_expert_gate")
+_TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Target:
+    """One tensor that may become sparse.
+
+    Attributes:
+        name: Its first parameter name in the model, as in `named_parameters()`.
+        param: The weights.
+        input_dim: Axis that the layer sums over, along which N:M groups lie: 1 for Linear
+            [out, in] and convolutions [out, in / groups, ...], 0 for transformers' Conv1D and for
+            transposed convolutions [in, out, ...], 1 or 2 for fused experts.
+        is_stacked: Whether axis 0 counts matrices (fused experts) and is no part of one.
+    """
+
+    name: str
+    param: Tensor
+    input_dim: int
+    is_stacked: bool = False
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Targets(Sequence[Target]):
+    """The tensors that may become sparse, in the model's order, tied ones once.
+
+    Attributes:
+        items: The targets.
+        exclude: Globs that leave the same targets when given back: `auto` resolved to names.
+    """
+
+    items: tuple[Target, ...]
+    exclude: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __iter__(self) -> Iterator[Target]:
+        return iter(self.items)
+
+    @overload
+    def __getitem__(self, index: int) -> Target: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Target, ...]: ...
+    def __getitem__(self, index: int | slice) -> Target | tuple[Target, ...]:
+        return self.items[index]
+
+    @property
+    def names(self) -> list[str]:
+        """First name of each."""
+        return [target.name for target in self.items]
+
+    @property
+    def params(self) -> list[Tensor]:
+        """The weights of each."""
+        return [target.param for target in self.items]
+
+    @property
+    def total(self) -> int:
+        """Number of prunable weights: the denominator of every sparsity."""
+        return sum(target.param.numel() for target in self.items)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Candidate:
+    """A tensor of two or more dimensions, with all the names it goes by."""
+
+    param: Tensor
+    names: tuple[str, ...]
+    owners: tuple[nn.Module | None, ...]
+
+    def spellings(self, name: str) -> tuple[str, str]:
+        """What a glob may name: the module and the parameter."""
+        return module_of(name), name
+
+
+def select_targets(
+    model: nn.Module, include: Sequence[str], exclude: Sequence[str] | None
+) -> Targets:
+    """The targets of a model.
+
+    With `exclude` None what is known to suffer or to gain nothing stays dense, found in the
+    structure and not by the model's name: embeddings (with patch embeddings), output heads,
+    everything outside the base model, poolers, routers of experts, and free tensors that are no
+    weight of a layer (class tokens, position tables). A literal name in `include` overrides that.
+
+    Args:
+        model: Any module.
+        include: Globs over module names, or parameter names.
+        exclude: Globs too; "auto" among them stands for what None would exclude.
+
+    Raises:
+        RecipeError: E214, E215, a glob matches nothing. E216, nothing is left. E217, a tied tensor
+            is reached by some of its names only.
+    """
+    candidates = _candidates(model)
+    every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
+    every_name += [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = _dense_by_structure(model, candidates)
+    return _select(candidates, every_name, found, include, exclude)
+
+
+def select_tensors(
+    tensors: Mapping[str, Tensor], include: Sequence[str], exclude: Sequence[str] | None
+) -> Targets:
+    """The targets among named tensors without a model, as of a bare safetensors file.
+
+    With `exclude` None, embeddings, heads, poolers and routers are told by the usual names.
+    Weights are taken as [out, in]; a file does not say otherwise.
+
+    Args:
+        tensors: Name → tensor.
+        include: As for `select_targets`.
+        exclude: As for `select_targets`.
+
+    Raises:
+        RecipeError: As `select_targets`.
+    """
+    candidates = [
+        _Candidate(tensor, (name,), (None,))
+        for name, tensor in tensors.items()
+        if _is_prunable(tensor)
+    ]
+    every_name = [*tensors, *(module_of(name) for name in tensors)]
+    found = [candidate for candidate in candidates if _is_dense_by_name(candidate.names[0])]
+    return _select(candidates, every_name, found, include, exclude)
+
+
+def module_of(name: str) -> str:
+    """Dotted name of the module that owns a parameter; empty for the model itself."""
+    return name.rpartition(".")[0]
+
+
+def _is_prunable(tensor: Tensor) -> bool:
+    return tensor.dim() >= 2 and tensor.is_floating_point() and tensor.numel() > 0
+
+
+def _candidates(model: nn.Module) -> list[_Candidate]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    params: dict[int, nn.Parameter] = {}
+    names: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        if _is_prunable(param):
+            params[id(param)] = param
+            names.setdefault(id(param), []).append(name)
+    return [
+        _Candidate(param, tuple(names[key]), tuple(modules[module_of(name)] for name in names[key]))
+        for key, param in params.items()
+    ]
+
+
+# What is chosen
+
+
+def _select(
+    candidates: Sequence[_Candidate],
+    every_name: Sequence[str],
+    found: Sequence[_Candidate],
+    include: Sequence[str],
+    exclude: Sequence[str] | None,
+) -> Targets:
+    if not candidates:
+        raise RecipeError(
+            "E216",
+            "no weights are left to prune",
+            "targets.include",
+            "the model has no floating-point tensor of two or more dimensions",
+            "a model with linear or convolutional layers",
+        )
+    given = [AUTO] if exclude is None else list(exclude)
+    _refuse_idle_globs(candidates, every_name, include, given)
+    automatic = _automatic_globs(candidates, found, include) if AUTO in given else []
+    globs = tuple(dict.fromkeys([*(glob for glob in given if glob != AUTO), *automatic]))
+    chosen = [candidate for candidate in candidates if _is_chosen(candidate, include, globs)]
+    if not chosen:
+        raise RecipeError(
+            "E216",
+            "no weights are left to prune",
+            "targets.exclude",
+            f"all {len(candidates)} tensors that may be pruned are excluded or not included",
+            "exclude fewer, or name a layer in targets.include to override the automatic list",
+        )
+    return Targets(tuple(_target(candidate) for candidate in chosen), globs)
+
+
+def _automatic_globs(
+    candidates: Sequence[_Candidate], found: Sequence[_Candidate], include: Sequence[str]
+) -> list[str]:
+    """Globs for what was found and is not asked for by a literal name; modules where that will do.
+
+    A tied tensor is excluded by every one of its names.
+    """
+    excluded = [candidate for candidate in found if not _is_asked_for(candidate, include)]
+    ids = {id(candidate) for candidate in excluded}
+    kept_modules = {
+        module_of(name)
+        for candidate in candidates
+        if id(candidate) not in ids
+        for name in candidate.names
+    }
+    return [
+        literal(name if module_of(name) in kept_modules else module_of(name))
+        for candidate in excluded
+        for name in candidate.names
+    ]
+
+
+def _is_asked_for(candidate: _Candidate, include: Sequence[str]) -> bool:
+    return any(
+        glob in candidate.spellings(name)
+        for glob in include
+        for name in candidate.names
+        if is_literal(glob)
+    )
+
+
+def _is_chosen(candidate: _Candidate, include: Sequence[str], exclude: Sequence[str]) -> bool:
+    reached = [
+        name
+        for name in candidate.names
+        if any(matches(glob, candidate.spellings(name)) for glob in include)
+        and not any(matches(glob, candidate.spellings(name)) for glob in exclude)
+    ]
+    if not reached:
+        return False
+    if len(reached) < len(candidate.names) and not _is_asked_for(candidate, include):
+        other = next(name for name in candidate.names if name not in reached)
+        raise RecipeError(
+            "E217",
+            "a tied tensor is a target by one of its names only",
+            "targets",
+            f'"{reached[0]}" is the same tensor as "{other}", which is not a target',
+            f'exclude "{module_of(reached[0])}" too, or include it by its full name',
+        )
+    return True
+
+
+def _refuse_idle_globs(
+    candidates: Sequence[_Candidate],
+    every_name: Sequence[str],
+    include: Sequence[str],
+    exclude: Sequence[str],
+) -> None:
+    """Every glob that matches nothing, in one error."""
+    spellings = [candidate.spellings(name) for candidate in candidates for name in candidate.names]
+    modules = list(dict.fromkeys(module for module, _ in spellings))
+    names = list(dict.fromkeys([*modules, *(name for _, name in spellings)]))
+    faults = [
+        _idle("E214", "include", glob, len(modules), nearest(glob, names))
+        for glob in include
+        if not matches(glob, names)
+    ]
+    every_name = list(dict.fromkeys(every_name))
+    faults += [
+        _idle("E215", "exclude", glob, len(every_name), nearest(glob, every_name))
+        for glob in exclude
+        if glob != AUTO and not matches(glob, every_name)
+    ]
+    if faults:
+        first = faults[0]
+        raise RecipeError(
+            first.code, first.what, first.where, first.why, first.right, others=faults[1:]
+        )
+
+
+def _idle(code: str, key: str, glob: str, total: int, close: Sequence[str]) -> RecipeError:
+    shown = ", ".join(f'"{name}"' for name in close)
+    return RecipeError(
+        code,
+        "no module matches",
+        f"targets.{key}",
+        f'"{glob}" names 0 of {total}',
+        f"nearest: {shown}" if shown else "globs over module names, as ham inspect lists them",
+    )
+
+
+# What stays dense
+
+
+def _dense_by_structure(model: nn.Module, candidates: Sequence[_Candidate]) -> list[_Candidate]:
+    outside = _outside_base(model)
+    head = _output_head(model)
+    return [
+        candidate
+        for candidate in candidates
+        if id(candidate.param) in outside
+        or any(owner is head for owner in candidate.owners if head is not None)
+        or any(map(_is_dense_layer, candidate.names, candidate.owners))
+    ]
+
+
+def _outside_base(model: nn.Module) -> set[int]:
+    """Ids of the parameters of a model's head: all but those of its base model."""
+    base = getattr(model, "base_model", model)
+    if base is model or not isinstance(base, nn.Module):
+        return set()
+    inside = {id(param) for param in base.parameters()}
+    return {id(param) for param in model.parameters() if id(param) not in inside}
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    getter = getattr(model, "get_output_embeddings", None)
+    try:
+        head = getter() if callable(getter) else None
+    except NotImplementedError:
+        return None
+    return head if isinstance(head, nn.Module) else None
+
+
+def _is_dense_layer(name: str, owner: nn.Module | None) -> bool:
+    words = name.split(".")
+    if isinstance(owner, nn.Embedding | nn.EmbeddingBag) or _is_patch_embedding(name, owner):
+        return True
+    if "pooler" in words or any(word in _ROUTERS for word in words):
+        return True
+    return not (_is_layer(owner) or _reads_as_weight(name))
+
+
+def _is_patch_embedding(name: str, owner: nn.Module | None) -> bool:
+    """Convolutions that cut an image into patches; a stem, which overlaps, is an ordinary layer."""
+    if not isinstance(owner, _CONVS) or "embed" not in name:
+        return False
+    return tuple(owner.stride) == tuple(owner.kernel_size) and max(owner.kernel_size) > 1
+
+
+def _is_layer(owner: nn.Module | None) -> bool:
+    return isinstance(owner, (nn.Linear, nn.Bilinear, *_CONVS)) or _is_transposed_linear(owner)
+
+
+def _reads_as_weight(name: str) -> bool:
+    """Whether a free tensor is a layer's weight, going by its name: weight_ih_l0, experts.w1."""
+    leaf = name.rpartition(".")[2]
+    if "bias" in leaf:
+        return False
+    return "weight" in leaf or leaf.endswith("proj") or "expert" in name
+
+
+_DENSE_WORDS = ("embed", "wte", "wpe", "lm_head", "pooler", "classifier", "cls", "score")
+
+
+def _is_dense_by_name(name: str) -> bool:
+    words = name.split(".")
+    if any(word in _ROUTERS for word in words) or not _reads_as_weight(name):
+        return True
+    return any(
+        word in _DENSE_WORDS or "embed" in word or word.startswith("classifier") for word in words
+    )
+
+
+# Which axis is the input
+
+
+def _target(candidate: _Candidate) -> Target:
+    owner, param = candidate.owners[0], candidate.param
+    is_stacked = param.dim() == 3 and not _is_layer(owner)
+    return Target(candidate.names[0], param, _input_dim(owner, param, is_stacked), is_stacked)
+
+
+def _input_dim(owner: nn.Module | None, param: Tensor, is_stacked: bool) -> int:
+    if _is_transposed_linear(owner) or isinstance(owner, _TRANSPOSED_CONVS):
+        return 0
+    if isinstance(owner, nn.Bilinear):
+        return 2
+    if is_stacked:
+        return 1 if _has_transposed_experts(owner) else 2
+    return 1
+
+
+def _is_transposed_linear(owner: nn.Module | None) -> bool:
+    """Transformers' Conv1D, [in, out], as in GPT-2; known by name so as not to import it."""
+    return type(owner).__name__ == "Conv1D" and hasattr(owner, "nf")
+
+
+def _has_transposed_experts(owner: nn.Module | None) -> bool:
+    """Whether fused experts lie as [experts, in, out] and not as [experts, out, in].
+
+    transformers marks most of these modules with `is_transposed`. The others tell it by shapes:
+    the two projections of an expert meet in the hidden size, which is the second axis of the first
+    and the last of the second when they are [in, out].
+    """
+    declared = getattr(owner, "is_transposed", None)
+    if isinstance(declared, bool):
+        return declared
+    first, second = getattr(owner, "gate_up_proj", None), getattr(owner, "down_proj", None)
+    if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+        return False
+    return first.shape[1] == second.shape[-1] and first.shape[-1] != second.shape[1]
