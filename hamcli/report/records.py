@@ -236,7 +236,7 @@ class Curves:
     @classmethod
     def from_rows(cls, rows: Sequence[Mapping[str, Any]], *, limit: int = CURVE_LIMIT) -> Self:
         """Columns from a history of rows; evenly thinned to `limit` rows, first and last kept."""
-        rows = [rows[index] for index in _evenly(len(rows), limit)]
+        rows = [rows[index] for index in evenly(len(rows), limit)]
         return cls(
             step=tuple(int(row["step"]) for row in rows),
             **{
@@ -457,7 +457,8 @@ def _on_one_line(match: re.Match[str]) -> str:
     return "[" + " ".join(match.group()[1:-1].split()) + "]"
 
 
-def _evenly(length: int, limit: int) -> list[int]:
+def evenly(length: int, limit: int) -> list[int]:
+    """At most `limit` indices spread evenly over `length` items, first and last among them."""
     if length <= limit:
         return list(range(length))
     return [round(index * (length - 1) / (limit - 1)) for index in range(limit)]

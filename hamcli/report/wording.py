@@ -1,0 +1,142 @@
+"""Numbers and names as people read them: no rounding that flatters, no character that deceives."""
+
+from collections.abc import Sequence
+
+from hamcli.errors import printable
+from hamcli.report.records import GateCondition, QualityRecord, SizeRecord, SparsityRecord
+
+UNKNOWN = "\N{EN DASH}"
+ELLIPSIS = "\N{HORIZONTAL ELLIPSIS}"
+MINUS = "\N{MINUS SIGN}"
+NAME_LIMIT = 120
+TEXT_LIMIT = 600
+
+# Metrics that are fractions of examples, read in percent; others are read as they are.
+FRACTIONS = frozenset({"accuracy", "agreement", "token accuracy", "masked accuracy"})
+
+
+def name(text: str, limit: int = NAME_LIMIT) -> str:
+    """A name from a file, printable, its middle left out where it is long: both ends tell most."""
+    shown = printable(text[: 2 * limit] + text[-2 * limit :] if len(text) > 4 * limit else text)
+    if len(shown) <= limit:
+        return shown
+    head = limit // 3
+    return shown[:head] + ELLIPSIS + shown[-(limit - head - 1) :]
+
+
+def sentence(text: str, limit: int = TEXT_LIMIT) -> str:
+    """Prose that may quote names: printable, cut at the end."""
+    shown = printable(text[: limit + 1])
+    return shown if len(shown) <= limit else shown[: limit - 1] + ELLIPSIS
+
+
+def percent(fraction: float | None, digits: int = 2) -> str:
+    """`0.9` as `90.00%`; what is not all or nothing is never shown as all or nothing."""
+    if fraction is None:
+        return UNKNOWN
+    text = f"{100 * fraction:.{digits}f}%"
+    least = 10.0**-digits
+    if fraction < 1 and text == f"{100:.{digits}f}%":
+        return f">{100 - least:.{digits}f}%"
+    if fraction > 0 and text == f"{0:.{digits}f}%":
+        return f"<{least:.{digits}f}%"
+    return text
+
+
+def count(number: int | None) -> str:
+    """`22713216` as `22,713,216`."""
+    return UNKNOWN if number is None else f"{number:,}"
+
+
+def short_count(number: int) -> str:
+    """`22713216` as `22.7 M`."""
+    for size, unit in ((10**9, "G"), (10**6, "M"), (10**3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}" if number < 1000 * size else f"{number:,}"
+    return str(number)
+
+
+def megabytes(size_bytes: int | None) -> str:
+    """`90864192` as `90.9 MB`, in powers of ten as file managers and the hub count."""
+    if size_bytes is None:
+        return UNKNOWN
+    for size, unit in ((10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if size_bytes >= size:
+            value = size_bytes / size
+            return f"{value:.{1 if value >= 10 else 2}f} {unit}"
+    return f"{size_bytes} B"
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A measured value to `digits` significant digits."""
+    if value is None:
+        return UNKNOWN
+    text = f"{value:.{digits}g}"
+    if "e" in text:
+        mantissa, exponent = text.split("e")
+        if 0 <= int(exponent) < 7:
+            return f"{value:,.0f}".replace("-", MINUS)
+        text = f"{mantissa}e{int(exponent)}"
+    return text.replace("-", MINUS)
+
+
+def metric_value(metric: str, value: float | None) -> str:
+    """A value of a metric: fractions of examples in percent, the rest to four digits."""
+    if value is None:
+        return UNKNOWN
+    if metric in FRACTIONS:
+        return percent(value)
+    return f"{value:.4f}".replace("-", MINUS) if abs(value) <= 1 else number(value)
+
+
+def drop(quality: QualityRecord) -> str:
+    """What was lost, in words: `0.62 points lower`, `3.10% higher`."""
+    lost = quality.drop
+    if lost is None:
+        return "not measured"
+    if lost == 0:
+        return "no change"
+    if not quality.higher_is_better:
+        return f"{percent(abs(lost))} {'higher' if lost > 0 else 'lower'}"
+    way = "lower" if lost > 0 else "higher"
+    if quality.metric in FRACTIONS:
+        return f"{100 * abs(lost):.2f} points {way}"
+    return f"{abs(lost):.4f} {way}"
+
+
+def exactness(sparsity: SparsityRecord) -> str:
+    """How the zeros found compare with those asked for."""
+    over = sparsity.zeros - sparsity.asked_zeros
+    if over == 0:
+        return "exactly as asked"
+    return f"{count(abs(over))} {'more' if over > 0 else 'fewer'} than asked"
+
+
+def size_line(size: SizeRecord) -> str:
+    """What the zeros do to the bytes on disk, claiming no more than was measured."""
+    if size.input_bytes is None:
+        first = "A dense file stores its zeros"
+    elif size.input_bytes == size.dense_bytes:
+        first = "File size unchanged: a dense file stores its zeros"
+    else:
+        way = "smaller" if size.dense_bytes < size.input_bytes else "larger"
+        change = abs(size.dense_bytes - size.input_bytes)
+        first = f"File {megabytes(change)} {way} than the input's"
+    if size.gzip_bytes is None:
+        return f"{first}."
+    return f"{first}; {megabytes(size.gzip_bytes)} if compressed with gzip."
+
+
+def shape(sizes: Sequence[int]) -> str:
+    """`(384, 1536)` with a sign of multiplication between the sizes; a scalar as it is named."""
+    return " \N{MULTIPLICATION SIGN} ".join(str(size) for size in sizes) or "scalar"
+
+
+def condition(gate: GateCondition) -> str:
+    """A gate's condition: `drop 0.0062, at most 0.01`."""
+    what, bound = {
+        "max_drop": ("drop", "at most"),
+        "min_sparsity": ("sparsity", "at least"),
+    }.get(gate.name, (name(gate.name), "limit"))
+    value = "not measured" if gate.value is None else number(gate.value, 6)
+    return f"{what} {value}, {bound} {number(gate.limit, 6)}"
