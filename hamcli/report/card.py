@@ -10,7 +10,7 @@ from hamcli.report import wording
 from hamcli.report.records import Report
 
 CARD_NAME = "README.md"
-TENSOR_LIMIT = 40
+TENSOR_LIMIT = 100
 
 PIPELINE_TAGS = {
     "causal-lm": "text-generation",
@@ -70,11 +70,12 @@ def render(report: Report) -> str:
 def _front_matter(report: Report) -> str:
     model = report.model
     metadata: dict[str, Any] = {"library_name": "transformers"}
-    if model.is_hub:
-        metadata["base_model"] = model.id.partition("@")[0]
+    hub_id = model.id.partition("@")[0]
+    if model.is_hub and _HUB_ID.fullmatch(hub_id):
+        metadata["base_model"] = hub_id
     if model.task in PIPELINE_TAGS:
         metadata["pipeline_tag"] = PIPELINE_TAGS[model.task]
-    if model.license:
+    if model.license and _LICENSE.fullmatch(model.license):
         metadata["license"] = model.license
     metadata["tags"] = ["sparsity", "ham", "pruning"]
     return f"---\n{yaml.safe_dump(metadata, sort_keys=False)}---"
@@ -87,20 +88,21 @@ def _title(report: Report) -> str:
 
 def _summary(report: Report) -> str:
     sparsity = report.sparsity
-    how = (
-        "fine-tuned with HAM while its sparsity rose"
-        if report.training and report.training.ham
-        else "fine-tuned while its sparsity rose"
-        if report.training
-        else "pruned by magnitude, without training"
-    )
     return (
-        f"{_code(report.model.id)} {how}, by `ham {wording.name(report.ham_version, 40)}`. "
+        f"{_code(report.model.id)}, {_how(report)}, by {_code(f'ham {report.ham_version}')}. "
         f"**{wording.percent(sparsity.achieved)}** of the weights of {len(report.tensors):,} "
         f"target tensors are exactly zero, which is "
         f"**{wording.percent(sparsity.overall_achieved)}** of all "
         f"{wording.short_count(sparsity.num_parameters)} parameters."
     )
+
+
+def _how(report: Report) -> str:
+    if report.training is None:
+        return "pruned by magnitude, without training"
+    how = "fine-tuned with HAM" if report.training.ham else "fine-tuned"
+    is_rising = report.sparsity.method == "gradual" and report.sparsity.target > 0
+    return f"{how} while its sparsity rose" if is_rising else how
 
 
 def _warnings(report: Report) -> str:
@@ -141,7 +143,7 @@ def _numbers(report: Report) -> str:
         rows.append(("weight files in gzip", _bytes(size.gzip_bytes)))
     if size.input_gzip_bytes is not None:
         rows.append(("dense weight files in gzip", _bytes(size.input_gzip_bytes)))
-    return _table(("", "value"), [(_cell(key), _cell(value)) for key, value in rows], "lr")
+    return _table(("", "value"), [(_text(key), _text(value)) for key, value in rows], "lr")
 
 
 def _counted(fraction: float, zeros: int, total: int) -> str:
@@ -231,16 +233,18 @@ def _tensors(report: Report) -> str:
     rows = [
         (
             _code(tensor.name, in_table=True),
-            _cell(wording.shape(tensor.shape)),
-            _cell(f"{tensor.zeros:,}"),
-            _cell(f"{tensor.total:,}"),
-            _cell(wording.percent(tensor.sparsity)),
+            wording.shape(tensor.shape),
+            f"{tensor.zeros:,}",
+            f"{tensor.total:,}",
+            wording.percent(tensor.sparsity),
         )
         for tensor in shown
     ]
     table = _table(("name", "shape", "zeros", "weights", "sparsity"), rows, "llrrr")
     left = len(report.tensors) - len(shown)
-    return f"{table}\n\n{left:,} more are in `report.json`." if left else table
+    rest = f"\n\n{left:,} more are in `report.json`." if left else ""
+    summary = f"<summary>Zeros of {len(report.tensors):,} target tensors</summary>"
+    return f"<details>\n{summary}\n\n{table}{rest}\n\n</details>"
 
 
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> str:
@@ -248,34 +252,26 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], sides: str) -> st
     return "\n".join(f"| {' | '.join(cells)} |" for cells in (head, rule, *rows))
 
 
-def _cell(text: str) -> str:
-    return _text(text)
-
-
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
+_LICENSE = re.compile(r"[\w.-]+", re.ASCII)
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>|~&$#])")
 _LINK = re.compile(r"(?i)(?:(?<=[a-z]):(?=//)|(?<=www)\.|@)")
-_START = re.compile(r"^(\s*)([-+=]|\d+(?=[.)]))")
+_START = re.compile(r"^(?=[-+=])|^\d{1,9}(?=[.)](?:\s|$))")
 
 
 def _text(text: str) -> str:
     """`text` as Markdown that shows it and nothing else: no markup, HTML, table cell or link."""
-    shown = _SPECIAL.sub(r"\\\1", text)
+    shown = _SPECIAL.sub(r"\\\1", text.strip())
     shown = _LINK.sub(lambda match: "\\" + match.group(), shown)
-    return _START.sub(_without_meaning, shown)
-
-
-def _without_meaning(match: re.Match[str]) -> str:
-    space, mark = match.groups()
-    # "1." would begin a list; the digit cannot be escaped, a joiner of no width may stand before it
-    return f"{space}\\{mark}" if not mark.isdigit() else f"{space}&#8203;{mark}"
+    return _START.sub(lambda match: match.group() + "\\", shown)
 
 
 def _code(text: str, *, in_table: bool = False) -> str:
     """`text` as a code span that nothing in it can end."""
     shown = wording.name(text) or " "
+    if in_table and "|" in shown:
+        return _text(shown)  # renderers disagree on a backslash before a bar inside a code span
     longest = max((len(run) for run in re.findall("`+", shown)), default=0)
     fence = "`" * (longest + 1)
     pad = " " if shown[0] == "`" or shown[-1] == "`" else ""
-    if in_table:
-        shown = shown.replace("|", "\\|")
     return f"{fence}{pad}{shown}{pad}{fence}"

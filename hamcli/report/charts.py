@@ -16,8 +16,29 @@ from hamcli.report.records import Histogram, TensorRecord, evenly
 
 POINT_LIMIT = 400
 HOVER_LIMIT = 60
+WIDE = 990
+TINY = 1e-200  # far below any number of a run; products of smaller ones would vanish
+NARROW = 460
+PROFILE_LEAST = 8
+COLUMN_WIDTH = 40
 HEATMAP_ROWS = 40
 HEATMAP_COLUMNS = 128
+
+RAISED = str.maketrans(
+    {
+        "-": "\N{SUPERSCRIPT MINUS}",
+        "0": "\N{SUPERSCRIPT ZERO}",
+        "1": "\N{SUPERSCRIPT ONE}",
+        "2": "\N{SUPERSCRIPT TWO}",
+        "3": "\N{SUPERSCRIPT THREE}",
+        "4": "\N{SUPERSCRIPT FOUR}",
+        "5": "\N{SUPERSCRIPT FIVE}",
+        "6": "\N{SUPERSCRIPT SIX}",
+        "7": "\N{SUPERSCRIPT SEVEN}",
+        "8": "\N{SUPERSCRIPT EIGHT}",
+        "9": "\N{SUPERSCRIPT NINE}",
+    }
+)
 
 Number = float | None
 
@@ -94,13 +115,16 @@ def curve(
     low, high = min([*values, *extra]), max([*values, *extra])
     y_ticks = _log_ticks(low, high) if log else _ticks(low, high, 4)
     frame = _Frame(
-        460,
+        NARROW,
         250,
         (min(0, step[0]), max(step[-1], step[0] + 1)),
         _log_range(low, high) if log else (y_ticks[0], y_ticks[-1]),
         log=log,
     )
-    parts = [_y_axis(frame, y_ticks, show), _x_axis(frame, _ticks(*frame.x_range, 5), "step")]
+    parts = [
+        _y_axis(frame, y_ticks, _power if log else show),
+        _x_axis(frame, _ticks(*frame.x_range, 5), "step"),
+    ]
     if reference is not None and frame.y_range[0] <= reference[0] <= frame.y_range[1]:
         parts.append(_reference(frame, *reference, show))
     parts += [_path(frame, step, line, log) for line in lines]
@@ -131,7 +155,7 @@ def histogram(record: Histogram, unit: str) -> Markup | None:
     before = [100 * value / record.total for value in record.before]
     after = [100 * value / record.total for value in record.after]
     ticks = _ticks(0.0, max([*before, *after]) or 1.0, 4)
-    frame = _Frame(940, 300, (record.edges[0], record.edges[-1]), (0.0, ticks[-1]))
+    frame = _Frame(WIDE, 300, (record.edges[0], record.edges[-1]), (0.0, ticks[-1]))
     parts = [
         _y_axis(frame, ticks, lambda value: f"{wording.number(value)}%"),
         _x_axis(frame, _ticks(*frame.x_range, 9, inside=True), unit),
@@ -151,16 +175,16 @@ def histogram(record: Histogram, unit: str) -> Markup | None:
 
 
 def profile(tensors: Sequence[TensorRecord], achieved: float) -> Markup | None:
-    """Sparsity of each tensor in file order, as columns; narrower the more there are."""
-    if not tensors:
+    """Sparsity of each tensor in file order, as columns; None for so few that a table tells all."""
+    if len(tensors) < PROFILE_LEAST:
         return None
-    frame = _Frame(940, 260, (0, len(tensors)), (0.0, 1.0))
+    frame = _Frame(WIDE, 250, (0, len(tensors)), (0.0, 1.0), bottom=28)
     parts = [
         _y_axis(frame, [0.0, 0.25, 0.5, 0.75, 1.0], lambda value: wording.percent(value, 0)),
         _x_axis(frame, [], f"{len(tensors):,} tensors, in file order"),
     ]
     pitch = frame.x(1) - frame.x(0)
-    gap = 2 if pitch >= 7 else 1 if pitch >= 4 else 0
+    gap = max(2 if pitch >= 7 else 1 if pitch >= 4 else 0, pitch - COLUMN_WIDTH)
     for index, tensor in enumerate(tensors):
         left, top = frame.x(index), frame.y(tensor.sparsity)
         parts.append(
@@ -214,10 +238,10 @@ def heatmap(grid: Grid) -> Markup:
     """Sparsity by kind of tensor and layer; deeper colour means more zeros."""
     labels = _without_common_words(grid.rows)
     label_width = min(260, 24 + max(len(label) for label in labels) * 7)
-    cell = max(7.0, min(56.0, (940 - label_width) / len(grid.columns)))
+    cell = max(7.0, min(72.0, (WIDE - 4 - label_width) / len(grid.columns)))
     row_height, top = 24, 8
     width = round(label_width + cell * len(grid.columns) + 4)
-    height = top + row_height * len(grid.rows) + 40
+    height = top + row_height * len(grid.rows) + 24
     low, high = _shade_range(zeros / total for zeros, total in grid.cells.values() if total)
     parts = []
     for row, (kind, label) in enumerate(zip(grid.rows, labels, strict=True)):
@@ -242,7 +266,9 @@ def heatmap(grid: Grid) -> Markup:
                 )
             )
     parts.append(
-        Markup('<text class="tick" x="{}" y="{}">layer</text>').format(label_width, base + 34)
+        Markup('<text class="tick end" x="{}" y="{}">layer</text>').format(
+            label_width - 8, base + 16
+        )
     )
     return _svg(width, height, "Sparsity by kind of tensor and layer", parts, "wide")
 
@@ -271,7 +297,7 @@ def _heat_cell(
     text = Markup("")
     if width >= 30:
         text = Markup('<text class="{}" x="{}" y="{}">{}</text>').format(
-            "in-cell deep" if depth > 0.5 else "in-cell",
+            "in-cell deep" if depth > 0.75 else "in-cell",
             _size(x + (width - gap) / 2),
             _size(y + 15.5),
             f"{100 * sparsity:.0f}" if width < 40 else f"{100 * sparsity:.1f}",
@@ -289,10 +315,11 @@ def _shade_range(sparsities: Iterable[float]) -> tuple[float, float]:
     found = list(sparsities)
     if not found:
         return 0.0, 1.0
-    ticks = _ticks(min(found), max(found), 4)
-    low, high = max(0.0, ticks[0]), min(1.0, ticks[-1])
-    # nearly equal tensors must not look far apart
-    return (low, high) if high - low >= 0.1 else (max(0.0, high - 0.1), max(0.1, high))
+    low, high = math.floor(20 * min(found)) / 20, math.ceil(20 * max(found)) / 20
+    if high - low < 0.09:  # nearly equal tensors must not look far apart
+        low = max(0.0, high - 0.1)
+        high = low + 0.1
+    return round(low, 2), round(high, 2)
 
 
 def _without_common_words(kinds: Sequence[str]) -> list[str]:
@@ -315,7 +342,8 @@ def _svg(
     width: int, height: int, label: str, parts: Iterable[Markup], style: str = "small"
 ) -> Markup:
     return Markup(
-        '<svg class="chart {}" viewBox="0 0 {} {}" role="img" aria-label="{}">{}</svg>'
+        '<svg class="chart {0}" viewBox="0 0 {1} {2}" style="--width:{1}px" role="img" '
+        'aria-label="{3}">{4}</svg>'
     ).format(style, width, height, label, Markup("").join(parts))
 
 
@@ -421,6 +449,11 @@ def _hover_column(
     )
 
 
+def _power(value: Number) -> str:
+    exponent = round(math.log10(value or 1.0))
+    return str(10**exponent) if 0 <= exponent < 4 else f"10{str(exponent).translate(RAISED)}"
+
+
 def _drawable(value: Number, log: bool) -> TypeGuard[float]:
     return value is not None and (value > 0 or not log)
 
@@ -448,18 +481,19 @@ def _extremes(values: Sequence[Number], limit: int) -> list[int]:
 
 def _ticks(low: float, high: float, about: int, *, inside: bool = False) -> list[float]:
     """Round numbers that enclose `low` to `high`, or lie inside, some `about` of them."""
-    if high <= low:
-        pad = abs(high) / 2 or 1.0
+    if high - low <= max(1e-9 * max(abs(low), abs(high)), TINY):
+        pad = abs(high) / 2 if abs(high) > TINY else 1.0
         low, high = (low - pad, high + pad) if low < 0 else (max(0.0, low - pad), high + pad)
     rough = (high - low) / about
     power = 10.0 ** math.floor(math.log10(rough))
     pace = next(power * nice for nice in (1, 2, 2.5, 5, 10) if power * nice >= rough * (1 - 1e-9))
     first = math.ceil(low / pace - 1e-9) if inside else math.floor(low / pace + 1e-9)
     last = math.floor(high / pace + 1e-9) if inside else math.ceil(high / pace - 1e-9)
-    return [round(index * pace, 12) for index in range(first, last + 1)]
+    return [float(f"{index * pace:.12g}") for index in range(first, last + 1)]
 
 
 def _log_range(low: float, high: float) -> tuple[float, float]:
+    low, high = max(low, TINY), max(high, TINY)
     return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high * 1.0001))
 
 

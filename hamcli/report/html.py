@@ -5,7 +5,7 @@ names taken from other people's files can do nothing in it. It holds no time and
 equal runs give equal pages; a measured speed is the one exception.
 """
 
-from collections.abc import Callable
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,7 @@ from hamcli.report.records import (
 HTML_NAME = "report.html"
 TEMPLATE = "report.html.j2"
 OPEN_TABLE_LIMIT = 100
+CUT = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,9 @@ def _quality(quality: QualityRecord) -> dict[str, Any]:
         ("one-shot", quality.one_shot, "one-shot"),
     ]
     known = [abs(value) for _, value, _ in values if value is not None]
-    largest = max(known, default=0.0) or 1.0
+    trained = [abs(value) for _, value, _ in values[:2] if value is not None]
+    # a perplexity of 400 beside 5.8 and 6.0 would leave nothing to see of these: its bar is cut
+    longest = min(max(known, default=0.0), CUT * max(trained, default=math.inf)) or 1.0
     return {
         "sparse": wording.metric_value(quality.metric, quality.sparse),
         "drop": wording.drop(quality),
@@ -123,8 +126,8 @@ def _quality(quality: QualityRecord) -> dict[str, Any]:
             Bar(
                 label,
                 wording.metric_value(quality.metric, value),
-                min(1.0, abs(value) / largest),
-                style,
+                min(1.0, abs(value) / longest),
+                f"{style} cut" if abs(value) > longest else style,
             )
             for label, value, style in values
             if value is not None
@@ -176,7 +179,7 @@ def _curves(curves: Curves, report: Report) -> list[Figure]:
                 curves.step,
                 [charts.Line("sparsity", curves.sparsity, "first")],
                 label="Sparsity by step",
-                show=_percent_tick(target),
+                show=_in_percent,
                 floor=0.0,
                 reference=(target, "target"),
             ),
@@ -193,9 +196,9 @@ def _curves(curves: Curves, report: Report) -> list[Figure]:
             ),
         ),
         (
-            "Size of the mirror step's exponent",
+            "Exponent of the mirror step",
             (("mean", "first"), ("largest", "second")),
-            "logarithmic scale",
+            "log scale",
             charts.curve(
                 curves.step,
                 [mean, largest],
@@ -208,9 +211,8 @@ def _curves(curves: Curves, report: Report) -> list[Figure]:
     return [Figure(title, chart, legend, note) for title, legend, note, chart in drawn if chart]
 
 
-def _percent_tick(target: float) -> Callable[[float | None], str]:
-    digits = 0 if target >= 0.05 else 1
-    return lambda value: wording.UNKNOWN if value is None else f"{100 * value:.{digits}f}%"
+def _in_percent(fraction: float | None) -> str:
+    return wording.UNKNOWN if fraction is None else f"{wording.number(100 * fraction)}%"
 
 
 def _training_facts(training: TrainingRecord) -> list[tuple[str, str]]:
@@ -249,7 +251,9 @@ def _training_facts(training: TrainingRecord) -> list[tuple[str, str]]:
 
 
 def _tensor_figures(report: Report) -> list[Figure]:
-    figures = []
+    figures: list[Figure] = []
+    if not report.sparsity.zeros:
+        return figures
     grid = charts.grid(report.tensors)
     if grid is not None:
         low, high = charts.shade_range(grid)

@@ -71,7 +71,7 @@ def number(value: float | None, digits: int = 4) -> str:
     """A measured value to `digits` significant digits."""
     if value is None:
         return UNKNOWN
-    text = f"{value:.{digits}g}"
+    text = f"{value:,.{digits}g}"
     if "e" in text:
         mantissa, exponent = text.split("e")
         if 0 <= int(exponent) < 7:
@@ -90,18 +90,17 @@ def metric_value(metric: str, value: float | None) -> str:
 
 
 def drop(quality: QualityRecord) -> str:
-    """What was lost, in words: `0.62 points lower`, `3.10% higher`."""
+    """What was lost, in words: `0.62 points lower than dense`, `3.10% higher than dense`."""
     lost = quality.drop
     if lost is None:
-        return "not measured"
+        return "change not measured"
     if lost == 0:
-        return "no change"
+        return "no change from dense"
     if not quality.higher_is_better:
-        return f"{percent(abs(lost))} {'higher' if lost > 0 else 'lower'}"
+        return f"{percent(abs(lost))} {'higher' if lost > 0 else 'lower'} than dense"
     way = "lower" if lost > 0 else "higher"
-    if quality.metric in FRACTIONS:
-        return f"{100 * abs(lost):.2f} points {way}"
-    return f"{abs(lost):.4f} {way}"
+    size = f"{100 * abs(lost):.2f} points" if quality.metric in FRACTIONS else f"{abs(lost):.4f}"
+    return f"{size} {way} than dense"
 
 
 def exactness(sparsity: SparsityRecord) -> str:
@@ -138,5 +137,14 @@ def condition(gate: GateCondition) -> str:
         "max_drop": ("drop", "at most"),
         "min_sparsity": ("sparsity", "at least"),
     }.get(gate.name, (name(gate.name), "limit"))
-    value = "not measured" if gate.value is None else number(gate.value, 6)
-    return f"{what} {value}, {bound} {number(gate.limit, 6)}"
+    if gate.value is None:
+        return f"{what} not measured, {bound} {number(gate.limit, 6)}"
+    digits = 6
+    # a failure shows as many digits as tell the value from its limit
+    while not gate.passed and digits < 17 and _same(gate.value, gate.limit, digits):
+        digits += 1
+    return f"{what} {number(gate.value, digits)}, {bound} {number(gate.limit, digits)}"
+
+
+def _same(first: float, second: float, digits: int) -> bool:
+    return number(first, digits) == number(second, digits)

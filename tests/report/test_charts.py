@@ -1,0 +1,167 @@
+import dataclasses
+import math
+import re
+from xml.etree import ElementTree
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from report_samples import bert, counted, llama, near_zero
+
+from hamcli.report import charts
+from hamcli.report.records import TensorRecord
+
+
+def shapes(svg, tag, style=""):
+    """Elements of a drawing; reading it as XML proves it well-formed."""
+    found = ElementTree.fromstring(str(svg)).iter(tag)
+    return [item for item in found if style in item.get("class", "").split() or not style]
+
+
+def points(svg, style):
+    (path,) = shapes(svg, "path", style)
+    return [tuple(map(float, pair)) for pair in re.findall(r"[ML](\S+?) ([\d.]+)", path.get("d"))]
+
+
+def curve(values, **options):
+    line = charts.Line("loss", values, "first")
+    return charts.curve(range(1, len(values) + 1), [line], label="loss", **options)
+
+
+def test_a_single_spike_survives_thinning():
+    values = [0.1] * 100_000
+    values[54_321] = 9.0
+    drawn = points(curve(values), "first")
+    assert len(drawn) <= 2 * charts.POINT_LIMIT
+    (spike,) = [x for x, y in drawn if y == min(y for _, y in drawn)]
+    flat = curve([0.1] * 100_000)
+    assert spike == pytest.approx(points(flat, "first")[0][0] + 0.54321 * 390, abs=1)
+
+
+def test_unknown_values_leave_a_gap():
+    (path,) = shapes(curve([1.0, 2.0, None, 3.0, 4.0]), "path", "first")
+    assert path.get("d").count("M") == 2
+
+
+@pytest.mark.parametrize("values", [[], [None, None]])
+def test_nothing_to_draw_is_no_chart(values):
+    assert curve(values) is None
+
+
+def test_values_that_are_not_positive_are_left_out_of_a_log_axis():
+    assert curve([0.0, -1.0], log=True) is None
+    assert len(points(curve([0.0, 1e-3, 1e-2, 1e-4], log=True), "first")) == 3
+
+
+def test_one_step_is_a_dot():
+    assert len(shapes(curve([0.5]), "circle", "dot")) == 1
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.lists(st.floats(-1e12, 1e12) | st.none(), min_size=1, max_size=30), st.booleans())
+def test_any_finite_curve_stays_inside_its_frame(values, log):
+    svg = curve(values, log=log)
+    if svg is None:
+        return
+    assert "nan" not in svg
+    assert "inf" not in svg
+    for path in shapes(svg, "path", "first"):
+        for x, y in re.findall(r"[ML](\S+?) ([\d.-]+)", path.get("d")):
+            assert 56 <= float(x) <= 446
+            assert 12 - 0.01 <= float(y) <= 210.01
+
+
+@settings(derandomize=True, deadline=None)
+@given(st.floats(-1e9, 1e9), st.floats(1e-9, 1e9), st.integers(2, 10))
+def test_ticks_enclose_their_range_by_round_steps(low, span, about):
+    high = low + span
+    if high <= low or span < 1e-6 * abs(low):
+        return
+    ticks = charts._ticks(low, high, about)
+    assert ticks[0] <= low + 1e-6 * span
+    assert ticks[-1] >= high - 1e-6 * span
+    assert 2 <= len(ticks) <= about + 3
+
+
+def test_the_smoothed_curve_starts_at_the_first_value_and_settles():
+    smooth = charts.smoothed([1.0] * 10 + [0.0] * 990)
+    assert smooth[0] == 1.0
+    assert smooth[-1] == pytest.approx(0.0, abs=1e-9)
+
+
+def test_an_encoder_is_six_kinds_by_twelve_layers():
+    grid = charts.grid(bert())
+    assert grid is not None
+    assert len(grid.rows) == 6
+    assert grid.columns == tuple(range(12))
+    assert len(shapes(charts.heatmap(grid), "rect", "cell")) == 72
+
+
+def test_cells_of_the_grid_add_up_to_the_tensors():
+    tensors = [tensor for tensor in bert() if ".layer." in tensor.name]
+    grid = charts.grid(tensors)
+    assert sum(zeros for zeros, _ in grid.cells.values()) == sum(t.zeros for t in tensors)
+    assert sum(total for _, total in grid.cells.values()) == sum(t.total for t in tensors)
+
+
+def test_experts_are_folded_into_their_layer():
+    named = [
+        (f"model.layers.{layer}.mlp.experts.{expert}.{kind}.weight", (4, 4))
+        for layer in range(3)
+        for expert in range(64)
+        for kind in ("up", "down")
+    ]
+    grid = charts.grid(counted(named, 0.5))
+    assert [row.rsplit(".", 1)[1] for row in grid.rows] == ["up", "down"]
+    assert all(total == 64 * 16 for _, total in grid.cells.values())
+
+
+def test_names_without_layers_make_no_grid():
+    assert charts.grid(counted([("a.weight", (2, 2)), ("b.weight", (2, 2))], 0.5)) is None
+
+
+@pytest.mark.parametrize("tensors", [bert(), llama()], ids=["74", "700"])
+def test_each_tensor_has_its_column_inside_the_chart_apart_from_the_next(tensors):
+    columns = shapes(charts.profile(tensors, 0.9), "rect", "column")
+    assert len(columns) == len(tensors)
+    edge = 0.0
+    for column in columns:
+        assert float(column.get("x")) >= edge - 0.02
+        edge = float(column.get("x")) + float(column.get("width"))
+    assert edge <= charts.WIDE
+
+
+def test_nearly_equal_tensors_do_not_look_far_apart():
+    tensors = [
+        TensorRecord.counted(
+            f"l.{layer}.{kind}", shape=(1000,), dtype="F32", zeros=zeros, total=1000
+        )
+        for layer, zeros in enumerate((900, 901))
+        for kind in "ab"
+    ]
+    low, high = charts.shade_range(charts.grid(tensors))
+    assert high - low == pytest.approx(0.1)
+    assert low <= 0.9 <= 0.901 <= high
+
+
+def test_the_histogram_draws_counts_to_scale():
+    record = near_zero(1_000_000, 0.5)
+    before, after = shapes(charts.histogram(record, "weight"), "path", "area")
+    highest = min(float(y) for y in re.findall(r"V([\d.]+)", before.get("d")))
+    base = float(before.get("d").split("V")[0].split()[1])
+    share = max(record.before) / record.total
+    # the axis ends at 3 % in a frame of 248 units
+    assert (base - highest) / 248 == pytest.approx(share / 0.03, abs=1e-3)
+    assert before.get("d") != after.get("d")
+
+
+def test_a_histogram_whose_parts_do_not_fit_is_left_out():
+    record = near_zero(1000, 0.5)
+    assert charts.histogram(dataclasses.replace(record, after=(1,)), "weight") is None
+    assert charts.histogram(dataclasses.replace(record, edges=(), before=(), after=()), "w") is None
+
+
+def test_powers_of_ten_are_named_as_such():
+    assert charts._power(1e-5) == "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT FIVE}"
+    assert charts._power(10.0) == "10"
+    assert charts._power(math.pow(10, 12)) == "10\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"
