@@ -21,6 +21,17 @@ def literal(name: str) -> str:
     return glob.escape(name)
 
 
+def covering_globs(names: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Few globs that match all of `names` and none of `others`: stars for numbers if they can."""
+    globs = []
+    for name in names:
+        starred = _numbers_as_stars([name])[0]
+        globs.append(
+            literal(name) if any(matches(starred, [other]) for other in others) else starred
+        )
+    return list(dict.fromkeys(globs))
+
+
 def nearest(pattern: str, names: Sequence[str]) -> list[str]:
     """Up to three patterns or names close to `pattern`, each of which matches; best first."""
     return list(dict.fromkeys([*_longer(pattern, names), *_respelt(pattern, names)]))[:3] or (

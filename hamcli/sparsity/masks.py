@@ -9,6 +9,7 @@ from torch import Tensor
 
 from hamcli.errors import RecipeError
 from hamcli.sparsity.allocate import allocate
+from hamcli.sparsity.globs import covering_globs
 from hamcli.sparsity.score import Score, Scores, magnitude
 from hamcli.sparsity.select import exact, exact_masks, global_masks, n_m_mask, num_zeros
 from hamcli.sparsity.targets import Targets
@@ -39,7 +40,7 @@ class Rules:
 
     @property
     def num_zeros(self) -> int:
-        """Zeros at the end, if the model does not bring more."""
+        """Zeros that the target asks for."""
         if self.kept_of is None:
             return num_zeros(self.target, self.total)
         n, m = self.kept_of
@@ -113,15 +114,16 @@ def choose_masks(
     Args:
         targets: What may become zero.
         rules: Where the zeros may lie.
-        num_zeros: Now due, at most `rules.num_zeros`.
+        num_zeros: Now due; at most `zeros_at_end`, which gives the final masks.
         masks: What they drop stays dropped.
         score: Weights → scores of 0 or more, the larger is kept.
     """
     scores = Scores(targets.params, score, masks)
     already = _counts_dropped(masks) if masks is not None else [0] * len(targets)
-    num_zeros = max(num_zeros, sum(already))
     if rules.kept_of is not None:
-        return _n_m_masks(targets, rules, num_zeros, scores)
+        return _n_m_masks(targets, rules.kept_of, max(num_zeros, sum(already)), scores)
+    if masks is not None and num_zeros <= sum(already):
+        return list(masks)
     # the bound from below grows with the zeros, or a ramp could not start
     share = Fraction(num_zeros, max(rules.num_zeros, num_zeros, 1))
     if rules.allocation == "global" and rules.min_sparsity == 0.0 and rules.max_sparsity == 1.0:
@@ -169,7 +171,8 @@ def prune_masks(
         min_sparsity=min_sparsity,
         max_sparsity=max_sparsity,
     )
-    return choose_masks(targets, rules, rules.num_zeros, masks=nonzero_masks(targets))
+    nonzero = nonzero_masks(targets)
+    return choose_masks(targets, rules, zeros_at_end(targets, rules, nonzero), masks=nonzero)
 
 
 @torch.no_grad()
@@ -191,23 +194,38 @@ def num_dropped(masks: Sequence[Tensor]) -> int:
     return sum(_counts_dropped(masks))
 
 
+def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int:
+    """Zeros that the final masks will have, given that what `masks` drop stays dropped.
+
+    More than `rules.num_zeros` only if the masks drop more already, under N:M in some group.
+    """
+    if rules.kept_of is None:
+        return max(rules.num_zeros, num_dropped(masks))
+    n, m = rules.kept_of
+    zeros = 0
+    for target, mask in zip(targets, masks, strict=True):
+        dropped = (~mask).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
+        zeros += int(dropped.clamp(min=m - n).sum())
+    return zeros
+
+
 def _counts_dropped(masks: Sequence[Tensor]) -> list[int]:
     return [mask.numel() - int(mask.count_nonzero()) for mask in masks]
 
 
-def _n_m_masks(targets: Targets, rules: Rules, num_zeros: int, scores: Scores) -> list[Tensor]:
-    assert rules.kept_of is not None
-    n, m = rules.kept_of
-    masks = [
-        n_m_mask(score, n, m, target.input_dim)
+def _n_m_masks(
+    targets: Targets, kept_of: tuple[int, int], num_zeros: int, scores: Scores
+) -> list[Tensor]:
+    ends = [
+        n_m_mask(score, *kept_of, target.input_dim)
         for score, target in zip(scores, targets, strict=True)
     ]
-    if num_zeros < rules.num_zeros:
-        return global_masks(Scores(scores.params, scores.score, scores.masks, masks), num_zeros)
-    if scores.masks is None:
-        return masks
-    # a group that came with more zeros than the pattern asks for keeps them
-    return [mask & before for mask, before in zip(masks, scores.masks, strict=True)]
+    if scores.masks is not None:
+        # a group that came with more zeros than the pattern asks for keeps them
+        ends = [end & before for end, before in zip(ends, scores.masks, strict=True)]
+    if num_zeros >= num_dropped(ends):
+        return ends
+    return global_masks(Scores(scores.params, scores.score, scores.masks, ends), num_zeros)
 
 
 def _refuse_misfit(
@@ -232,16 +250,17 @@ def _refuse_misfit(
         )
     uneven = [item.name for item in targets if item.param.shape[item.input_dim] % m]
     if uneven:
-        shown = ", ".join(uneven[:NAMES_SHOWN])
-        more = f" and {len(uneven) - NAMES_SHOWN} more" if len(uneven) > NAMES_SHOWN else ""
-        listed = ", ".join(["auto", *(name.rpartition(".")[0] or name for name in uneven)])
+        even = [item.name for item in targets if item.name not in uneven]
+        globs = covering_globs(uneven, even)
+        shown = ", ".join(globs[:NAMES_SHOWN])
+        more = f" and {len(globs) - NAMES_SHOWN} more" if len(globs) > NAMES_SHOWN else ""
         raise RecipeError(
             "E224",
             "the pattern does not fit",
             "sparsity.pattern",
-            f"{pattern}: inputs are no multiple of {m}: {shown}{more}",
+            f"{pattern}: the number of inputs is no multiple of {m}: {shown}{more}",
             "exclude them",
-            [f"--set 'targets.exclude=[{listed}]'"],
+            [f"--set 'targets.exclude=[{', '.join([*targets.exclude, *globs])}]'"],
         )
 
 

@@ -19,6 +19,7 @@ from hamcli.sparsity.masks import (
     nonzero_masks,
     num_dropped,
     prune_masks,
+    zeros_at_end,
 )
 from hamcli.sparsity.schedule import AtOnce, Schedule, make_ramp
 from hamcli.sparsity.score import Score, magnitude
@@ -55,6 +56,7 @@ class Sparsifier:
     Attributes:
         masks: True where kept, one a target and in their order; None while nothing is masked.
         natural_zeros: Zeros that the model had at step 0.
+        num_zeros: Zeros at the end.
     """
 
     def __init__(self, targets: Targets, rules: Rules, method: Method) -> None:
@@ -62,13 +64,10 @@ class Sparsifier:
         self._rules = rules
         self._method = method
         self.masks: list[Tensor] | None = None
-        self.natural_zeros = num_dropped(nonzero_masks(targets))
+        nonzero = nonzero_masks(targets)
+        self.natural_zeros = num_dropped(nonzero)
+        self.num_zeros = zeros_at_end(targets, rules, nonzero)
         self._num_masked = 0
-
-    @property
-    def num_zeros(self) -> int:
-        """Zeros at the end."""
-        return max(self._rules.num_zeros, self.natural_zeros)
 
     @property
     def num_masked(self) -> int:
@@ -111,7 +110,7 @@ class Sparsifier:
             return None
         due = self.num_zeros_due(step)
         if due == self._num_masked and not self._method.regrows:
-            return None
+            return None  # the masks that hold are the only ones with this count
         before = self.masks
         if before is None:
             before = nonzero_masks(self._targets) if step == 0 else None
@@ -123,7 +122,10 @@ class Sparsifier:
 
     def state(self) -> dict[str, Tensor]:
         """What a run checkpoint must hold; plain tensors."""
-        state = {"natural_zeros": torch.tensor(self.natural_zeros, dtype=torch.int64)}
+        state = {
+            "natural_zeros": torch.tensor(self.natural_zeros, dtype=torch.int64),
+            "num_zeros": torch.tensor(self.num_zeros, dtype=torch.int64),
+        }
         if self.masks is not None:
             pairs = zip(self._targets.names, self.masks, strict=True)
             state.update({f"mask.{name}": mask for name, mask in pairs})
@@ -132,7 +134,8 @@ class Sparsifier:
     def load_state(self, state: Mapping[str, Tensor]) -> None:
         """Go on from what `state` gave, on the devices of the targets."""
         self.natural_zeros = int(state["natural_zeros"])
-        if len(state) == 1:
+        self.num_zeros = int(state["num_zeros"])
+        if not any(key.startswith("mask.") for key in state):
             self.masks, self._num_masked = None, 0
             return
         masks = [

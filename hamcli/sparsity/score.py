@@ -15,7 +15,9 @@ BELOW_ALL = -1.0
 
 @torch.no_grad()
 def magnitude(param: Tensor) -> Tensor:
-    """|w|, in the dtype of the weights: the order of bf16 weights is that of their own values."""
+    """|w|, in the dtype of the weights, or fp32 for 8-bit floats, which torch cannot compare."""
+    if param.dtype.itemsize == 1:
+        param = param.float()
     return param.detach().abs()
 
 
@@ -25,7 +27,7 @@ class Scores(Sequence[Tensor]):
 
     Attributes:
         params: The weights.
-        score: Weights → scores of 0 or more.
+        score: Weights → finite scores of 0 or more.
         masks: Weights these drop score below all others, so that what is zero stays so.
         candidates: Weights these keep score above all others: they are not to be dropped yet.
     """
@@ -50,10 +52,14 @@ class Scores(Sequence[Tensor]):
     @torch.no_grad()
     def _at(self, index: int) -> Tensor:
         score = self.score(self.params[index])
+        greatest = torch.finfo(score.dtype).max
+        # limits made by arithmetic, since torch.where costs four times as much
         if self.candidates is not None:
-            score = torch.where(self.candidates[index], torch.inf, score)
+            floor = self.candidates[index].to(score.dtype).mul_(greatest)
+            score = torch.maximum(score, floor, out=floor)
         if self.masks is not None:
-            score = torch.where(self.masks[index], score, BELOW_ALL)
+            ceiling = self.masks[index].to(score.dtype).mul_(greatest).add_(BELOW_ALL)
+            score = torch.minimum(score, ceiling, out=ceiling)
         return score
 
     def only(self, indices: Sequence[int]) -> "Scores":

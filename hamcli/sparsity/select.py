@@ -8,6 +8,7 @@ position: tensors in the order given, row-major inside each, the first ones firs
 Python integers or int64. NaN is above all numbers.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -21,6 +22,9 @@ CHUNK = 1 << 18  # elements; a chunk and its keys stay in a core's cache
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
 DIGIT_MASK = DIGITS - 1
+
+Counts = npt.NDArray[np.int64]
+NO_COUNTS: Counts = np.zeros(DIGITS, dtype=np.int64)
 
 _KEYS = {
     torch.float16: torch.int16,
@@ -127,18 +131,26 @@ def find_threshold(scores: Sequence[Tensor], num_zeros: int) -> Threshold:
         scores: Gone through once for each digit; mixed dtypes are compared as their common one.
         num_zeros: 0 to the number of all scores.
     """
-    dtype = _common_dtype(scores)
+    dtype, counts = _count_top_digits(scores)
     bits = torch.finfo(dtype).bits
+    offset = 1 << (bits - 1)
     if num_zeros == 0:
-        return Threshold(-(1 << (bits - 1)), 0, dtype)
-    prefix, left = 0, num_zeros
-    for shift in range(bits - DIGIT_BITS, -1, -DIGIT_BITS):
-        reached = np.cumsum(_count_digits(scores, dtype, shift, prefix))
-        assert left <= reached[-1], "more zeros asked for than there are scores"
-        digit = int(np.searchsorted(reached, left))
-        left -= int(reached[digit - 1]) if digit else 0
+        return Threshold(-offset, 0, dtype)
+    prefix, left = _find_digit(counts, num_zeros)
+    for shift in range(bits - 2 * DIGIT_BITS, -1, -DIGIT_BITS):
+        # keys are signed, the digits found so far are not
+        begins = prefix - (offset >> (shift + DIGIT_BITS))
+        digit, left = _find_digit(_count_digits(scores, dtype, shift, begins), left)
         prefix = prefix << DIGIT_BITS | digit
-    return Threshold(prefix - (1 << (bits - 1)), left, dtype)
+    return Threshold(prefix - offset, left, dtype)
+
+
+def _find_digit(counts: Counts, rank: int) -> tuple[int, int]:
+    """The digit that holds the score of this rank (from 1), and the rank inside that digit."""
+    reached = np.cumsum(counts)
+    assert rank <= reached[-1], "more zeros asked for than there are scores"
+    digit = int(np.searchsorted(reached, rank))
+    return digit, rank - (int(reached[digit - 1]) if digit else 0)
 
 
 @torch.no_grad()
@@ -161,13 +173,19 @@ def keep_mask(score: Tensor, threshold: Threshold, ties_left: int) -> tuple[Tens
     return mask.view(score.shape), ties_left
 
 
-def _common_dtype(scores: Sequence[Tensor]) -> torch.dtype:
-    """The smallest dtype with a key that holds every score exactly."""
-    common: torch.dtype | None = None
+def _count_top_digits(scores: Sequence[Tensor]) -> tuple[torch.dtype, Counts]:
+    """The smallest dtype with keys that holds every score exactly, and its first digit's counts."""
+    counts: dict[torch.dtype, Counts] = {}
     for score in scores:
         dtype = score.dtype if score.dtype in _KEYS else torch.float32
-        common = dtype if common is None else torch.promote_types(common, dtype)
-    return common or torch.float32
+        counts[dtype] = counts.get(dtype, NO_COUNTS) + _count_top_digit(score, dtype)
+    if not counts:
+        return torch.float32, NO_COUNTS
+    common = functools.reduce(torch.promote_types, counts)
+    if len(counts) > 1:
+        # mixed: count again, in the common dtype
+        return common, sum((_count_top_digit(score, common) for score in scores), NO_COUNTS)
+    return common, counts[common]
 
 
 def _keys(score: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
@@ -182,31 +200,30 @@ def _keys(score: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
         yield bits ^ ((bits >> (info.bits - 1)) & info.max)
 
 
-def _count_digits(
-    scores: Sequence[Tensor], dtype: torch.dtype, shift: int, prefix: int
-) -> npt.NDArray[np.int64]:
-    """How often each value of the digit at `shift` occurs among keys that begin with `prefix`."""
-    counts = np.zeros(DIGITS, dtype=np.int64)
-    bits = torch.finfo(dtype).bits
-    is_top = shift == bits - DIGIT_BITS
-    # the sign makes the top digit count from the middle
-    signed_prefix = prefix - (1 << (bits - shift - DIGIT_BITS - 1)) if not is_top else 0
-    for score in scores:
-        for keys in _keys(score, dtype):
-            if is_top:
-                digits = (keys >> shift).to(torch.int32) + DIGITS // 2
-            else:
-                inside = keys[(keys >> (shift + DIGIT_BITS)) == signed_prefix]
-                digits = (inside >> shift) & DIGIT_MASK
-            counts += _bincount(digits)
+def _count_top_digit(score: Tensor, dtype: torch.dtype) -> Counts:
+    """How often each value of the first digit occurs, signed and so counted from the middle."""
+    shift = torch.finfo(dtype).bits - DIGIT_BITS
+    counts = NO_COUNTS.copy()
+    for keys in _keys(score, dtype):
+        counts += _bincount((keys >> shift).to(torch.int32) + DIGITS // 2)
     return counts
 
 
-def _bincount(digits: Tensor) -> npt.NDArray[np.int64]:
+def _count_digits(scores: Sequence[Tensor], dtype: torch.dtype, shift: int, begins: int) -> Counts:
+    """How often each value of the digit at `shift` occurs among keys that begin with `begins`."""
+    counts = NO_COUNTS.copy()
+    for score in scores:
+        for keys in _keys(score, dtype):
+            inside = keys[(keys >> (shift + DIGIT_BITS)) == begins]
+            counts += _bincount((inside >> shift) & DIGIT_MASK)
+    return counts
+
+
+def _bincount(digits: Tensor) -> Counts:
     """Counts of 0..65535; numpy's is three times as fast as torch's on a CPU."""
     if digits.device.type == "cpu":
         return np.bincount(digits.numpy(), minlength=DIGITS)
-    counts: npt.NDArray[np.int64] = torch.bincount(digits, minlength=DIGITS).cpu().numpy()
+    counts: Counts = torch.bincount(digits, minlength=DIGITS).cpu().numpy()
     return counts
 
 

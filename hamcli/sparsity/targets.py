@@ -212,7 +212,8 @@ def _automatic_globs(
     """
     excluded = [candidate for candidate in found if not _is_asked_for(candidate, include)]
     ids = {id(candidate) for candidate in excluded}
-    kept_modules = {
+    # a module's name must not take along what stays a target; the model itself has none
+    kept_modules = {""} | {
         module_of(name)
         for candidate in candidates
         if id(candidate) not in ids
@@ -355,16 +356,15 @@ def _reads_as_weight(name: str) -> bool:
     return "weight" in leaf or leaf.endswith("proj") or "expert" in name
 
 
-_DENSE_WORDS = ("embed", "wte", "wpe", "lm_head", "pooler", "classifier", "cls", "score")
+_DENSE_WORDS = ("wte", "wpe", "lm_head", "pooler", "cls", "score")
+_DENSE_PARTS = ("embed", "position", "token", "bias", "classifier")
 
 
 def _is_dense_by_name(name: str) -> bool:
     words = name.split(".")
-    if any(word in _ROUTERS for word in words) or not _reads_as_weight(name):
+    if any(part in word for word in words for part in _DENSE_PARTS):
         return True
-    return any(
-        word in _DENSE_WORDS or "embed" in word or word.startswith("classifier") for word in words
-    )
+    return any(word in (*_ROUTERS, *_DENSE_WORDS) for word in words)
 
 
 # Which axis is the input
