@@ -1,0 +1,322 @@
+"""A model -> a folder of safetensors, zeros and all, that stock transformers loads.
+
+The stage must be fresh. What is written has fixed names, no code, no path of this machine, and the
+modes of the user's umask; durability and the final rename are the run state's work.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamcli.checkpoint.config import clean_config, clean_tokenizer_config
+from hamcli.checkpoint.folder import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    LICENCES,
+    PROCESSOR,
+    SENTENCE,
+    TOKENIZER,
+    find_file,
+    is_shard_name,
+    read_bytes,
+    read_json,
+    sha256,
+)
+from hamcli.checkpoint.headers import read_header
+from hamcli.checkpoint.loading import DTYPE_NAMES, TORCH_DTYPES, quiet_transformers
+from hamcli.checkpoint.source import Source
+from hamcli.errors import ResourceError
+
+_SENTENCE_MODULE = "sentence_transformers."
+_SENTENCE_FOLDERS = ("", "1_Pooling", "2_Normalize")
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFile:
+    """One file of the folder."""
+
+    path: str
+    """Relative to the folder."""
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenFiles:
+    """What lies in the folder now."""
+
+    files: tuple[WrittenFile, ...]
+    names: dict[str, tuple[str, ...]]
+    """Parameter of the model -> its tensors in the files. Usually the same name; the experts of a
+    mixture are one tensor in memory and many on disk, a tied weight is stored under one name."""
+    dtype: str
+    """Of the weights, `float32` or so."""
+    notes: tuple[str, ...]
+
+
+def write_model(
+    model: nn.Module,
+    source: Source | None,
+    stage: Path,
+    *,
+    dtype: str = "auto",
+    max_shard_size: str = "5GB",
+    tokenizer: Any | None = None,
+    image_processor: Any | None = None,
+) -> WrittenFiles:
+    """Write `model` into the fresh folder `stage`.
+
+    Args:
+        model: A transformers model; it is left as it is.
+        source: Where it came from. Its tokenizer and processor files are copied, byte for byte
+            but for what names code or paths; without it the objects given are saved.
+        stage: A folder that is empty or does not exist.
+        dtype: Of the weights in the file; `"auto"` is that of the source.
+        max_shard_size: Largest weight file.
+        tokenizer: Saved where the source has no files of one.
+        image_processor: The same.
+
+    Raises:
+        ResourceError: The disk is full, or may not be written.
+    """
+    stage.mkdir(parents=True, exist_ok=True)
+    assert not any(stage.iterdir()), "save_pretrained deletes shards that it finds"
+    main = _main_dtype(model)
+    target = _target_dtype(source, dtype, main)
+    state = _state(model, main, target)
+    try:
+        with quiet_transformers():
+            _save(model, state, stage, max_shard_size)
+            if not _has(source, TOKENIZER) and tokenizer is not None:
+                tokenizer.save_pretrained(stage)
+            if not _has(source, PROCESSOR) and image_processor is not None:
+                image_processor.save_pretrained(stage)
+        notes = _copy_side_files(source, stage) if source is not None else ()
+        _clean_written(stage, target)
+        _apply_umask(stage)
+        files = _record(stage)
+    except OSError as error:
+        _raise_disk_error(stage, error)
+    except Exception as error:
+        # safetensors tells a full disk in its own words
+        if "No space left" in str(error) or "os error" in str(error).lower():
+            _raise_disk_error(stage, error)
+        raise
+    names = file_names(model, stage)
+    return WrittenFiles(files, names, _dtype_name(target), notes)
+
+
+def file_names(model: nn.Module, folder: Path) -> dict[str, tuple[str, ...]]:
+    """Parameter of `model` -> the tensors of the files in `folder` that hold it.
+
+    Where transformers splits or joins parameters for the disk, its own conversion is asked, with
+    tensors that have a shape and no memory.
+    """
+    shapes = {
+        tensor.name: tensor.shape
+        for file in sorted(folder.glob("*.safetensors"))
+        for tensor in read_header(file).tensors
+    }
+    names: dict[str, tuple[str, ...]] = {}
+    converted: dict[str, Tensor] = {}
+    groups = _tied_groups(model)
+    for name, param in model.named_parameters():
+        stored = [one for one in groups[id(param)] if shapes.get(one) == tuple(param.shape)]
+        if stored:
+            names[name] = (stored[0],)
+        else:
+            converted[name] = param
+    names |= _converted_names(model, converted, shapes)
+    return names
+
+
+# ---- weights ----
+
+
+def _main_dtype(model: nn.Module) -> torch.dtype:
+    """The dtype of most parameters."""
+    totals: dict[torch.dtype, int] = {}
+    for param in model.parameters():
+        totals[param.dtype] = totals.get(param.dtype, 0) + param.numel()
+    return max(totals, key=lambda one: totals[one])
+
+
+def _target_dtype(source: Source | None, dtype: str, main: torch.dtype) -> torch.dtype:
+    if dtype != "auto":
+        return DTYPE_NAMES[dtype]
+    return main if source is None else TORCH_DTYPES[source.dtype]
+
+
+def _state(model: nn.Module, main: torch.dtype, target: torch.dtype) -> dict[str, Tensor]:
+    """The state to write, on the CPU; what was tied is still one tensor.
+
+    Parameters that are wider than the rest stay so: transformers keeps them wide on purpose.
+    """
+    made: dict[tuple[Any, ...], Tensor] = {}
+    state = {}
+    for name, tensor in model.state_dict().items():
+        place = (tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        key = place if tensor.numel() else (name,)
+        if key not in made:
+            made[key] = _stored(tensor, target if tensor.dtype == main else tensor.dtype)
+        state[name] = made[key]
+    return state
+
+
+def _stored(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = tensor.detach().to("cpu", dtype)
+    if not stored.is_floating_point():
+        return stored
+    zero = stored == 0
+    if bool((zero & torch.signbit(stored)).any()):
+        # a weight that underflows in the narrower dtype may leave -0.0, which is no plain zero
+        stored = torch.where(zero, 0.0, stored)
+    return stored
+
+
+def _save(model: Any, state: dict[str, Tensor], stage: Path, max_shard_size: str) -> None:
+    config_dtype = model.config.dtype
+    try:
+        model.save_pretrained(stage, state_dict=state, max_shard_size=max_shard_size)
+    finally:
+        model.config.dtype = config_dtype
+
+
+def _tied_groups(model: nn.Module) -> dict[int, list[str]]:
+    groups: dict[int, list[str]] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(param), []).append(name)
+    return groups
+
+
+def _converted_names(
+    model: Any, params: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[str, ...]]:
+    if not params:
+        return {}
+    from transformers.core_model_loading import revert_weight_conversion
+
+    ghosts = {name: torch.empty_like(param, device="meta") for name, param in params.items()}
+    names = {}
+    joined = {}
+    for name, ghost in ghosts.items():
+        try:
+            made = revert_weight_conversion(model, {name: ghost})
+        except Exception:  # noqa: BLE001 - it needs its partners: several become one
+            made = {}
+        if made and all(shapes.get(one) == tuple(part.shape) for one, part in made.items()):
+            names[name] = tuple(sorted(made, key=_natural))
+        else:
+            joined[name] = ghost
+    if joined:
+        made = revert_weight_conversion(model, joined)
+        names |= dict.fromkeys(joined, tuple(sorted(set(made) & set(shapes), key=_natural)))
+    return names
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts `experts.10` after `experts.9`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+# ---- files beside the weights ----
+
+
+def _has(source: Source | None, names: Sequence[str]) -> bool:
+    return source is not None and any(find_file(source.folder, name) for name in names)
+
+
+def _copy_side_files(source: Source, stage: Path) -> tuple[str, ...]:
+    names = [*TOKENIZER, *PROCESSOR, *LICENCES]
+    is_sentence, note = _sentence_files(source)
+    if is_sentence:
+        names += SENTENCE
+    if (stage / GENERATION).exists():
+        names.append(GENERATION)
+    for name in names:
+        if (path := find_file(source.folder, name)) is not None:
+            target = stage / name
+            target.parent.mkdir(exist_ok=True)
+            target.write_bytes(_clean_bytes(path, name))
+    return (note,) if note else ()
+
+
+def _clean_bytes(path: Path, name: str) -> bytes:
+    """The file as it is, unless it names code or paths."""
+    raw = read_bytes(path)
+    if not name.endswith("_config.json"):
+        return raw
+    value = read_json(path, name, code="E432")
+    cleaned = clean_tokenizer_config(value)
+    return raw if cleaned == value else _pretty(cleaned)
+
+
+def _sentence_files(source: Source) -> tuple[bool, str]:
+    """Whether the folder is a sentence-transformers one whose other modules have no weights."""
+    path = find_file(source.folder, "modules.json")
+    if path is None:
+        return False, ""
+    try:
+        modules = json.loads(read_bytes(path, 2**20))
+        fits = all(
+            module["path"] in _SENTENCE_FOLDERS and module["type"].startswith(_SENTENCE_MODULE)
+            for module in modules
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        fits = False
+    if fits:
+        return True, ""
+    return False, "modules.json is left out: its other modules have weights or code of their own"
+
+
+def _clean_written(stage: Path, dtype: torch.dtype) -> None:
+    path = stage / CONFIG
+    config = clean_config(json.loads(path.read_text(encoding="utf-8")))
+    config["dtype"] = _dtype_name(dtype)
+    path.write_bytes(_pretty(config))
+    index = stage / INDEX
+    if index.exists():
+        index.write_bytes(_pretty(json.loads(index.read_text(encoding="utf-8"))))
+
+
+def _pretty(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _apply_umask(stage: Path) -> None:
+    """Safetensors makes files that only their owner reads, whatever the umask."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in stage.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
+def _record(stage: Path) -> tuple[WrittenFile, ...]:
+    allowed = {CONFIG, GENERATION, INDEX, *TOKENIZER, *PROCESSOR, *SENTENCE, *LICENCES}
+    records = []
+    for path in sorted(stage.rglob("*")):
+        name = path.relative_to(stage).as_posix()
+        if path.is_dir():
+            continue
+        assert name in allowed or is_shard_name(name), f"{name} is not on the list of files"
+        records.append(WrittenFile(name, path.stat().st_size, sha256(path)))
+    return tuple(records)
+
+
+def _raise_disk_error(stage: Path, error: Exception) -> None:
+    free = shutil.disk_usage(stage).free // 2**20
+    raise ResourceError(
+        "E542", "cannot write the model", stage, f"{error} ({free} MiB free)"
+    ) from error
