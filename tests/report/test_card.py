@@ -139,6 +139,11 @@ def test_text_shows_as_itself_wherever_a_paragraph_begins(text):
     assert all(child.type in ("text", "text_special") for child in inline.children)
 
 
+def test_addresses_are_not_turned_into_links():
+    shown = card._text("http://evil.example www.evil.example me@evil.example")
+    assert shown == "http\\://evil.example www\\.evil.example me\\@evil.example"
+
+
 @pytest.mark.parametrize("text", ["`", "``x", "a`b", "x`", "|", "<b>", "\\"])
 def test_code_shows_as_itself(text):
     (_, inline, _) = MarkdownIt("commonmark").parse(card._code(text))

@@ -108,9 +108,10 @@ def test_a_list_of_numbers_stands_on_one_line():
     assert '"shape": [2, 2]' in bare().to_json()
 
 
-def test_text_that_looks_like_a_list_is_left_alone():
-    made = dataclasses.replace(bare(), warnings=("[\n 1,\n 2\n]",))
-    assert Report.from_json(made.to_json()).warnings == ("[\n 1,\n 2\n]",)
+@pytest.mark.parametrize("text", ["[\n 1,\n 2\n]", "[ 1,   2 ]", "[   ]"])
+def test_text_that_looks_like_a_list_is_left_alone(text):
+    made = dataclasses.replace(bare(), warnings=(text,))
+    assert Report.from_json(made.to_json()).warnings == (text,)
 
 
 @pytest.mark.parametrize(
