@@ -90,8 +90,14 @@ _SIZE_KEYS = {
     "dim",
     "hidden_dim",
     "num_channels",
+    "num_labels",
+    "_num_labels",
 }
+_POSITION_KEYS = {"max_position_embeddings", "n_positions", "max_source_positions"}
 _LAYER_LIMIT = 4_096
+_SIZE_FLOOR = 2**20
+"""A size below it may be a leftover that nothing is built from."""
+_POSITION_LIMIT = 2**24
 _DEPTH_LIMIT = 16
 _SHARES_LAYERS = {"albert"}
 
@@ -183,7 +189,10 @@ def check_config(config: dict[str, Any], headers: Sequence[Header], where: objec
         elif key in _EXPERT_KEYS:
             _check_number(key, value, 4 * experts + 16, where, "experts", experts)
         elif key in _SIZE_KEYS:
-            _check_number(key, value, 4 * width + 1024, where, "rows or columns", width)
+            limit = max(4 * width, _SIZE_FLOOR)
+            _check_number(key, value, limit, where, "rows or columns", width)
+        elif key in _POSITION_KEYS:
+            _check_number(key, value, _POSITION_LIMIT, where, "rows or columns", width)
 
 
 def _cleaned(value: Any) -> Any:

@@ -101,8 +101,11 @@ def write_model(
                 image_processor.save_pretrained(stage)
         notes = _copy_side_files(source, stage) if source is not None else ()
         _clean_written(stage, target)
+        _drop_unlisted(stage)
         _apply_umask(stage)
         files = _record(stage)
+    except MemoryError as error:
+        raise ResourceError("E543", "not enough memory to write the model", stage) from error
     except OSError as error:
         _raise_disk_error(stage, error)
     except Exception as error:
@@ -303,16 +306,24 @@ def _apply_umask(stage: Path) -> None:
         path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
-def _record(stage: Path) -> tuple[WrittenFile, ...]:
+def _drop_unlisted(stage: Path) -> None:
+    """Remove what a library wrote beyond the fixed list of names."""
     allowed = {CONFIG, GENERATION, INDEX, *TOKENIZER, *PROCESSOR, *SENTENCE, *LICENCES}
-    records = []
-    for path in sorted(stage.rglob("*")):
+    for path in _files(stage):
         name = path.relative_to(stage).as_posix()
-        if path.is_dir():
-            continue
-        assert name in allowed or is_shard_name(name), f"{name} is not on the list of files"
-        records.append(WrittenFile(name, path.stat().st_size, sha256(path)))
-    return tuple(records)
+        if name not in allowed and not is_shard_name(name):
+            path.unlink()
+
+
+def _record(stage: Path) -> tuple[WrittenFile, ...]:
+    return tuple(
+        WrittenFile(path.relative_to(stage).as_posix(), path.stat().st_size, sha256(path))
+        for path in _files(stage)
+    )
+
+
+def _files(stage: Path) -> list[Path]:
+    return [path for path in sorted(stage.rglob("*")) if not path.is_dir()]
 
 
 def _raise_disk_error(stage: Path, error: Exception) -> None:

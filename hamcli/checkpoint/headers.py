@@ -198,6 +198,8 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
     except ValueError as error:
         _refuse_header(path, f"it is not valid JSON: {error}")
     assert isinstance(entries, dict)  # it begins with {
+    if len(entries) - ("__metadata__" in entries) > ENTRY_LIMIT:
+        _refuse_header(path, f"{len(entries)} entries", f"at most {ENTRY_LIMIT}")
     return entries
 
 

@@ -4,9 +4,13 @@ Never waits long for a network that is not there: the cache answers instead, or 
 what to do. What lies in the folder is checked by others.
 """
 
+import errno
 import os
 import re
+import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +18,12 @@ from typing import Any
 from hamcli.checkpoint.folder import CONFIG, INDEX, SIDE_FILES, SINGLE
 from hamcli.errors import InputRefused, ResourceError
 
-ALLOW_PATTERNS = [CONFIG, SINGLE, INDEX, "model-*-of-*.safetensors", *SIDE_FILES]
+_SHARDS = "model-*-of-*.safetensors"
+ALLOW_PATTERNS = [CONFIG, SINGLE, INDEX, _SHARDS, *SIDE_FILES]
 
-_RESOLVE_SECONDS = 3.5
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO)
+
+_ANSWER_SECONDS = 3.5
 _NAME = re.compile(r"(?:[\w][\w.-]{0,95}/)?[\w][\w.-]{0,95}", re.ASCII)
 _REVISION = re.compile(r"[\w][\w./-]{0,199}", re.ASCII)
 
@@ -56,11 +63,11 @@ def fetch(name: HubName, *, offline: bool = False) -> tuple[Path, str]:
     if offline or _is_offline():
         return _from_cache(name, "offline")
     try:
-        commit, files = _resolve(name)
+        files = _list_files(name)
     except _NoAnswerError as error:
         return _from_cache(name, str(error))
     _refuse_without_safetensors(name, files)
-    return _download(name, commit, files)
+    return _download(name, files)
 
 
 class _NoAnswerError(Exception):
@@ -107,8 +114,8 @@ def _from_cache(name: HubName, why: str) -> tuple[Path, str]:
     return path, path.name
 
 
-def _resolve(name: HubName) -> tuple[str, list[str]]:
-    """The commit of `name` and its files, asked for in a thread that may be left behind.
+def _list_files(name: HubName) -> list[str]:
+    """The files of `name` on the hub, asked for in a thread that may be left behind.
 
     A resolver that does not answer cannot be interrupted, so the wait is bounded here.
     """
@@ -127,9 +134,10 @@ def _ask(name: HubName, answer: list[Any]) -> None:
     from huggingface_hub import HfApi
 
     try:
-        info = HfApi().model_info(name.repo, revision=name.revision, timeout=_seconds())
-        files = [sibling.rfilename for sibling in info.siblings or []]
-        answer.append((str(info.sha), files))
+        info = HfApi(endpoint=_endpoint()).model_info(
+            name.repo, revision=name.revision, timeout=_seconds()
+        )
+        answer.append([sibling.rfilename for sibling in info.siblings or []])
     except Exception as error:  # noqa: BLE001 - told to the thread that asked
         answer.append(error)
 
@@ -137,9 +145,9 @@ def _ask(name: HubName, answer: list[Any]) -> None:
 def _seconds() -> float:
     """How long to wait for a commit; longer where the user says so in the hub's own variable."""
     try:
-        return max(_RESOLVE_SECONDS, float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "0")))
+        return max(_ANSWER_SECONDS, float(os.environ.get("HF_HUB_ETAG_TIMEOUT", "0")))
     except ValueError:
-        return _RESOLVE_SECONDS
+        return _ANSWER_SECONDS
 
 
 def _raise_for_hub_error(name: HubName, error: BaseException) -> None:
@@ -170,25 +178,52 @@ def _refuse_without_safetensors(name: HubName, files: list[str]) -> None:
     )
 
 
-def _download(name: HubName, commit: str, files: list[str]) -> tuple[Path, str]:
+def _download(name: HubName, files: list[str]) -> tuple[Path, str]:
     from huggingface_hub import snapshot_download
 
     patterns = [pattern for pattern in ALLOW_PATTERNS if pattern in files]
     if SINGLE not in files:
-        patterns.append("model-*-of-*.safetensors")
+        patterns.append(_SHARDS)
     try:
-        folder = snapshot_download(
-            name.repo, revision=commit, allow_patterns=patterns, cache_dir=_cache_dir()
-        )
+        # by the name as given, so that the cache remembers what it stood for when offline; the
+        # commit is read off the folder, which is the truth even if a branch moved meanwhile
+        with _bars_on_a_terminal():
+            folder = snapshot_download(
+                name.repo,
+                revision=name.revision,
+                allow_patterns=patterns,
+                cache_dir=_cache_dir(),
+                endpoint=_endpoint(),
+            )
     except OSError as error:
-        if error.errno is not None and not isinstance(error, ConnectionError | TimeoutError):
+        if error.errno in _DISK_ERRORS:
             raise ResourceError(
-                "E542", "cannot store the model", _cache_dir(), str(error)
+                "E542", "cannot store the model", _cache_dir(), str(error.strerror)
             ) from error
-        return _from_cache(HubName(name.repo, commit), "the download broke off")
+        return _from_cache(name, "the download broke off")
     except Exception:  # noqa: BLE001 - whatever the network did, the cache may hold it all
-        return _from_cache(HubName(name.repo, commit), "the download broke off")
-    return Path(folder), commit
+        return _from_cache(name, "the download broke off")
+    return Path(folder), Path(folder).name
+
+
+@contextmanager
+def _bars_on_a_terminal() -> Iterator[None]:
+    """The hub's own progress bars, unless nobody is there to see them."""
+    from huggingface_hub import utils
+
+    bars: Any = utils
+    was_hidden = bars.are_progress_bars_disabled()
+    if not sys.stderr.isatty():
+        bars.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not was_hidden:
+            bars.enable_progress_bars()
+
+
+def _endpoint() -> str | None:
+    return os.environ.get("HF_ENDPOINT") or None
 
 
 def _cache_dir() -> str:

@@ -450,6 +450,7 @@ def _check_missing(
             source.id,
             f"the file has no {min(missing)}",
             trained if task in _NEW_HEAD_TASKS else "--task of the head that it has",
+            ["--task feature-extraction keeps the body of any model and drops its head"],
         )
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     head = {name for name, _ in model.named_parameters() if body.is_head(name)}

@@ -25,7 +25,7 @@ from hamcli.checkpoint.folder import (
 )
 from hamcli.checkpoint.headers import CONVERT_HINT, ENTRY_LIMIT, Header, read_header
 from hamcli.checkpoint.hub import fetch, parse_hub_name
-from hamcli.errors import InputRefused
+from hamcli.errors import InputRefused, ResourceError
 
 __all__ = ["Source", "find_model", "infer_task"]
 
@@ -140,6 +140,8 @@ def _existing(model: str) -> Path | None:
             return None
         # a folder's own name is the user's word, so links are followed here and only here
         return path.resolve() if path.is_dir() else path.absolute()
+    except PermissionError as error:
+        raise ResourceError("E541", "cannot read the model", model, "permission denied") from error
     except (OSError, RuntimeError):  # too long a name, a loop of links, an unknown ~user
         return None
 
@@ -292,7 +294,10 @@ def _hash(folder: Path, files: dict[str, Path]) -> dict[str, str]:
 
 
 def _refuse_weights(folder: Path) -> NoReturn:
-    names = sorted(os.listdir(folder))
+    try:
+        names = sorted(os.listdir(folder))
+    except PermissionError as error:
+        raise ResourceError("E541", "cannot read the model", folder, "permission denied") from error
     if "adapter_config.json" in names:
         raise InputRefused(
             "E409",
