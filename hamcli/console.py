@@ -82,7 +82,9 @@ class Screen:
         as_json: Results are JSON documents.
     """
 
-    def __init__(self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False) -> None:
+    def __init__(
+        self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False
+    ) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
         self._out = Console(file=Unbreakable(sys.stdout), highlight=False, soft_wrap=False)  # type: ignore[arg-type]  # a stream in all but type
         self._err = Console(file=Unbreakable(sys.stderr), highlight=False, soft_wrap=True)  # type: ignore[arg-type]  # a stream in all but type
@@ -227,7 +229,9 @@ class LiveWatcher:
         """Training begins."""
         self._finish_stage()
         self._target = target
-        self._steps_task = self._progress.add_task("training", total=steps, completed=done, steps=True)
+        self._steps_task = self._progress.add_task(
+            "training", total=steps, completed=done, steps=True
+        )
 
     def step(self, record: StepRecord) -> None:
         """One optimizer step is done."""
@@ -307,7 +311,9 @@ class LeftColumn(TimeRemainingColumn):
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2))
+    made = Table(
+        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2)
+    )
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
     for row in rows:

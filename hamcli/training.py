@@ -80,7 +80,9 @@ def make_accelerator(device: str, precision: str) -> Any:
     )
 
 
-def warm_up_and_decay(schedule: str, *, peak: float, steps: int, warmup: float) -> Callable[[int], float]:
+def warm_up_and_decay(
+    schedule: str, *, peak: float, steps: int, warmup: float
+) -> Callable[[int], float]:
     """Learning rate of each optimizer step, counted from 1.
 
     Linear from near zero over the first `warmup` of the run, then `cosine` or `linear` towards
@@ -194,7 +196,9 @@ def _refuse_divergence(step: int, loss: float, norm: float, model: nn.Module) ->
     )
 
 
-def first_non_finite(named: Iterator[tuple[str, Tensor | None]] | Sequence[tuple[str, Tensor]]) -> str | None:
+def first_non_finite(
+    named: Iterator[tuple[str, Tensor | None]] | Sequence[tuple[str, Tensor]],
+) -> str | None:
     """Name of the first tensor that holds NaN or infinity."""
     for name, tensor in named:
         if tensor is not None and not bool(torch.isfinite(tensor).all()):

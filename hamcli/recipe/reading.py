@@ -269,7 +269,9 @@ def _near_key(path: KeyPath) -> str:
     near = difflib.get_close_matches(str(key), known, n=1)
     if near:
         return f'did you mean "{near[0]}"?'
-    elsewhere = [name for name in Recipe.model_fields if key in _schema_at((name,)).get("properties", {})]
+    elsewhere = [
+        name for name in Recipe.model_fields if key in _schema_at((name,)).get("properties", {})
+    ]
     if elsewhere:
         return f'did you mean "{elsewhere[0]}.{key}"?'
     return "known: " + ", ".join(known) if known else "no keys here"
