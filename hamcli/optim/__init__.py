@@ -1,5 +1,6 @@
-"""HAM's optimizer. Imports nothing else of ours; could be lifted out as a package."""
+"""The optimizer: HAM around AdamW, Adam or SGD, and its mirror step alone."""
 
-from hamcli.optim.ham import HAM, ExponentStatistics, ham_step_
+from hamcli.optim.cpu import ham_step_
+from hamcli.optim.ham import HAM, ExponentStatistics
 
 __all__ = ["HAM", "ExponentStatistics", "ham_step_"]
