@@ -1,0 +1,88 @@
+"""Signals that ask a run to stop: a flag is set, and the loop looks at it between two steps."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+
+EXIT_PREEMPTED = 75
+EXIT_INTERRUPTED = 130
+
+_PREEMPTING = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
+_SHOW_CURSOR = b"\x1b[?25h"
+_LAST_WORDS = (
+    b"\nham: error[HAM-E902]: interrupted twice: nothing more is saved "
+    b"(the last run checkpoint stands)\n"
+)
+
+
+class Stop:
+    """Whether somebody asked the run to stop.
+
+    Attributes:
+        requested: Name of the first signal that came, None while there was none.
+    """
+
+    def __init__(self) -> None:
+        self.requested: str | None = None
+        self.num_interrupts = 0
+
+    @property
+    def exit_code(self) -> int:
+        """130 when Ctrl-C came first, else 75."""
+        return EXIT_INTERRUPTED if self.requested == "SIGINT" else EXIT_PREEMPTED
+
+
+@contextmanager
+def stop_on_signals(restore_terminal: Callable[[], None] | None = None) -> Iterator[Stop]:
+    """Listen for TERM, USR1, USR2, HUP and INT while the block runs.
+
+    The first signal of any kind only sets the flag: what is going on, a save too, comes to its end.
+    The second Ctrl-C ends the process at once with 130. A HUP that was ignored before (nohup) stays
+    ignored. Outside the main thread, where Python allows no handlers, the flag is never set.
+
+    Args:
+        restore_terminal: Called before the process ends at once; a shown cursor comes by itself.
+    """
+    stop = Stop()
+
+    def note(number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            stop.num_interrupts += 1
+            if stop.num_interrupts > 1:
+                _end_at_once(restore_terminal)
+        if stop.requested is None:
+            stop.requested = signal.Signals(number).name
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _wanted():
+            before[number] = signal.signal(number, note)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
+
+
+def _wanted() -> list[signal.Signals]:
+    found = [getattr(signal, name) for name in (*_PREEMPTING, "SIGINT") if hasattr(signal, name)]
+    return [
+        number
+        for number in found
+        if not (number.name == "SIGHUP" and signal.getsignal(number) is signal.SIG_IGN)
+    ]
+
+
+def _end_at_once(restore_terminal: Callable[[], None] | None) -> None:
+    # Nothing may keep the process alive here: not a broken terminal, not a closed stream.
+    with suppress(Exception):
+        if restore_terminal is not None:
+            restore_terminal()
+    with suppress(OSError, ValueError):
+        handle = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
+        os.write(handle, (_SHOW_CURSOR if os.isatty(handle) else b"") + _LAST_WORDS)
+    os._exit(EXIT_INTERRUPTED)
