@@ -1,55 +1,47 @@
-"""HAM as a torch optimizer: groups, state, masks and which backend; arithmetic is for the others.
+"""HAM as a torch optimizer: base step, mirror step, mask.
 
-Each step: base step, mirror step on the mirrored weights, mask (`rule` has the equations). What the
-step size of the mirror step is, `alpha`, `scaling` and `strength` say:
-
-    raw          alpha as given: the paper's rule
-    calibrated   alpha = strength / (lr_peak * mean|g|): at the peak learning rate the mean exponent is
-                 `strength`, on every model. mean|g| runs over the first steps, then is frozen
-    normalised   alpha = strength / (lr_peak * rms(g)), for each tensor and step anew. Ours, not the
-                 paper's
-
-The decay lr * beta is far below what float32 resolves, so it is summed up, one number a group, and
-applied once it is due; the exponent of a step is the gradient's part, plus the sum when due. It falls
-on the weights that have a gradient on that step.
+Source: Hyperbolic Aware Minimization, ICLR 2026 (arXiv 2506.02630). Where we differ from the
+published wrapper: `expm1` instead of `exp`, so that small exponents survive fp32; the decay
+lr * beta is summed up per group and applied when it reaches 2^-12, since alone it is below the
+resolution of fp32; alpha may be found by calibration or per tensor (`scaling`).
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.optim.adam import adam
+from torch.optim.adamw import adamw
+from torch.optim.sgd import sgd
 
-from hamcli.optim import base_step, cpu, rule
-
-ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
-BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
-STRENGTHS = {"raw": None, "calibrated": 0.004, "normalised": 0.008}
-CLAMPS = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
-WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
-BACKENDS = ("auto", "rule", "cpu", "gpu")
-CALIBRATION_STEPS = 10
-EXPONENT_LIMIT = 0.05  # a mean |exponent| above this halves alpha
-DECAY_DUE = 2.0**-12  # decay applied at once: large beside float32's rounding, small beside 1
-LOW_PRECISION = (torch.bfloat16, torch.float16)
+from hamcli.optim import cpu, rule
 
 Scaling = Literal["auto", "raw", "calibrated", "normalised"]
+
+BETA = 1e-3  # METHODS: its total log-shrink is beta * sum of lr
+STRENGTH = {"calibrated": 0.004, "normalised": 0.008}  # mean |exponent| a step at peak lr
+CLAMP = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}
+CALIBRATION_STEPS = 10
+GUARD_MEAN = 0.05  # a mean |exponent| above it collapses tensors
+MIN_DECAY = 2.0**-12  # exact enough in fp32: 2^-12 is 2,048 times its resolution
+LOW_PRECISION = (torch.bfloat16, torch.float16)
+DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
 
 
 @dataclass(frozen=True, slots=True)
 class ExponentStatistics:
-    """The mirror step of one step, over the mirrored weights that are kept and not zero.
+    """What one mirror step did, over all mirrored weights that are not zero.
 
     Attributes:
-        mean: Mean of |exponent|, after the clamp.
+        mean: Mean of |exponent|.
         max: Greatest |exponent|.
-        moved_fraction: Share of the stored weights that the mirror step changed.
-        clamped_fraction: Share of the exponents at the clamp.
-        alpha: Alpha of the step; None where tensors or groups have their own.
-        guard_events: How often so far alpha was halved because the exponents were too large or not
-            finite.
+        moved_fraction: Share of the weights whose stored value changed.
+        clamped_fraction: Share of the exponents cut at the clamp.
+        alpha: alpha in force; None where it differs between groups or tensors.
+        guard_events: How often the guard has halved alpha so far.
     """
 
     mean: float
@@ -60,66 +52,41 @@ class ExponentStatistics:
     guard_events: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """A parameter with a gradient: what is updated, its gradient in the same memory order."""
-
-    param: Tensor
-    w: Tensor
-    g: Tensor
-
-
-def choose_automatic_scaling() -> tuple[str, float]:
-    """What `alpha="auto", scaling="auto"` means: the scaling and its strength."""
-    return "calibrated", 0.004
-
-
 class HAM(torch.optim.Optimizer):
-    """Base optimizer, HAM's multiplicative mirror step, and masks (HAM, arXiv 2506.02630).
+    """AdamW, Adam or SGD, each step followed by HAM's mirror step and the masks.
 
-    w <- w' * exp(clamp(-lr * (alpha * sign(w') * g + beta))) with w' the weight after the base step and
-    g the gradient that step used: clip before `step`, not after. Stateless; zeros stay zero and no sign
-    changes. With alpha = beta = 0 it is torch's fused base optimizer, bit for bit.
-
-    bfloat16 and float16 weights have float32 masters in the state; the parameter is their rounded
-    copy, and writing to it from outside has no lasting effect. All of the options except `base` and
-    `backend` can be given by group, as can `mirror` (False leaves the group to the base optimizer; the
-    default is True for parameters of two or more dimensions) and `lr_peak`.
+    Order: base step -> mirror step on parameters with two or more dimensions -> mask. Clip before
+    the step: the mirror step sees the gradient that the base step saw. With alpha = beta = 0 it is
+    torch's own (fused) optimizer bit for bit. Non-finite gradients are the caller's to refuse.
+    fp16 and bf16 weights get fp32 masters in the state; the weight is their rounded copy.
 
     Args:
-        params: Parameters or groups, as for every torch optimizer.
-        base: The base optimizer.
-        lr: Learning rate. Its value here is the group's `lr_peak` unless that is given: construct
-            before a scheduler lowers it for a warm-up.
-        weight_decay: The base optimizer's; None is torch's default for it.
-        betas: Adam's.
-        eps: Adam's.
-        momentum: SGD's.
-        nesterov: SGD's.
-        alpha: Strength of the gradient's part. A number means the paper's rule, as does "auto" with
-            `scaling="raw"` (200).
-        beta: Strength of the decay; "auto" is 1e-3.
-        scaling: How alpha "auto" is found.
-        strength: Mean |exponent| (calibrated) or rms of it (normalised) at the peak learning rate.
-        clamp: Bound of |exponent|; None is 5 for raw and 0.1 otherwise.
-        backend: "rule" is the slow oracle; "cpu" blocked torch operations, for any device.
+        params: Parameters or groups. A group may say `mirror=False`, or have its own alpha, beta,
+            scaling, strength, clamp and lr_peak.
+        base: The base optimizer; its arguments default as torch's.
+        lr: Learning rate; also the peak that `strength` refers to unless a group has `lr_peak`.
+        weight_decay: Decoupled for adamw, an L2 term otherwise; None = torch's default.
+        betas: Of adamw and adam.
+        eps: Of adamw and adam.
+        momentum: Of sgd.
+        nesterov: Of sgd.
+        alpha: At least 0, or "auto": found by `scaling`.
+        beta: At least 0, or "auto": 1e-3.
+        scaling: "raw": alpha as given. "calibrated": alpha = strength / (lr_peak * mean|g|), the
+            mean over the first ten steps. "normalised" (not the paper's): each tensor's gradient
+            over its root mean square, times strength. "auto": raw for a given alpha, else
+            calibrated.
+        strength: Mean |exponent| of a step at peak lr that calibrated and normalised aim at.
+        clamp: Limit of |exponent|; None = 5 for raw, 0.1 otherwise.
+        backend: "auto" and "cpu": cache-blocked torch; "rule": the oracle.
 
     Raises:
-        ValueError: For a value out of range, a complex or sparse parameter or gradient, a backend that
-            does not exist.
-
-    Example:
-        >>> optimizer = HAM(model.parameters(), lr=1e-3)
-        >>> optimizer.set_masks({model.weight: mask})
-        >>> loss.backward(); optimizer.step()
+        ValueError: An argument is out of range, or a parameter is complex.
     """
-
-    # Fused torch optimizers say True, and then GradScaler calls step() on infinite gradients too.
-    _step_supports_amp_scaling = False
 
     def __init__(
         self,
-        params: Any,
+        params: Iterable[Any],
         *,
         base: Literal["adamw", "adam", "sgd"] = "adamw",
         lr: float = 1e-3,
@@ -135,471 +102,376 @@ class HAM(torch.optim.Optimizer):
         clamp: float | None = None,
         backend: Literal["auto", "rule", "cpu", "gpu"] = "auto",
     ) -> None:
-        _require(base in WEIGHT_DECAYS, f"base is {base!r}; adamw, adam or sgd")
-        _require(backend in BACKENDS, f"backend is {backend!r}; one of {', '.join(BACKENDS)}")
-        _require(backend != "gpu", "backend gpu does not exist yet; auto and cpu run on any device")
+        if base not in DEFAULT_DECAY:
+            raise ValueError(f"base is {base!r}: must be adamw, adam or sgd")
+        if backend not in ("auto", "rule", "cpu"):
+            raise ValueError(f"backend is {backend!r}: here are auto, rule and cpu")
+        if nesterov and momentum <= 0:
+            raise ValueError("nesterov needs momentum above 0")
+        self._base = base
+        self._backend = backend
+        self._measure = False
+        self._statistics: ExponentStatistics | None = None
         defaults = {
-            "base": base,
             "lr": lr,
-            "weight_decay": WEIGHT_DECAYS[base] if weight_decay is None else weight_decay,
+            "weight_decay": DEFAULT_DECAY[base] if weight_decay is None else weight_decay,
             "betas": tuple(betas),
             "eps": eps,
             "momentum": momentum,
             "nesterov": nesterov,
+            "mirror": True,
             "alpha": alpha,
             "beta": beta,
             "scaling": scaling,
             "strength": strength,
             "clamp": clamp,
-            "mirror": True,
-            "backend": backend,
+            "lr_peak": None,
+            "ham_alpha": None,
+            "ham_gradient_sum": 0.0,
+            "ham_calibrated": 0,
+            "ham_decay_due": 0.0,
+            "ham_guard_events": 0,
         }
-        self._start_measuring()
         super().__init__(params, defaults)
-
-    def _start_measuring(self) -> None:
-        self._is_measured = False
-        self._statistics: ExponentStatistics | None = None
-        self._num_kept: dict[Tensor, int] = {}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and make what is not part of the state."""
-        super().__setstate__(state)
-        if not hasattr(self, "_num_kept"):
-            self._start_measuring()
-        self._count_kept()
+        # Otherwise GradScaler calls step() with infinite gradients and leaves the skipping to a
+        # fused kernel, and the mirror step would run on them.
+        self._step_supports_amp_scaling = False
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it does not say is as given to the constructor.
-
-        Raises:
-            ValueError: As for the constructor.
-        """
-        group = dict(self.defaults) | param_group
+        """Add a group, checked and with its scaling resolved."""
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
         _resolve(group)
-        super().add_param_group(group)
-        for param in self.param_groups[-1]["params"]:
-            if param.is_complex() or param.layout != torch.strided:
-                self.param_groups.pop()
-                raise ValueError("HAM takes dense real parameters, not complex or sparse ones")
+        for param in group["params"]:
+            if param.is_complex():
+                raise ValueError("HAM takes no complex parameters")
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
+    # ---- masks ----
 
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    def set_masks(self, masks: Mapping[Tensor, Tensor | None]) -> None:
+        """Hold masks from now on: True where kept, None for no mask. Applied at once."""
+        known = {id(param) for group in self.param_groups for param in group["params"]}
+        for param, mask in masks.items():
+            if id(param) not in known:
+                raise ValueError("a mask names a parameter that this optimizer does not hold")
+            if mask is None:
+                self.state[param].pop("ham_mask", None)
+                continue
+            if mask.shape != param.shape or mask.dtype != torch.bool:
+                raise ValueError("a mask is bool and has the shape of its parameter")
+            self.state[param]["ham_mask"] = mask.to(param.device)
+            self._apply_mask(param)
+
+    def masks(self) -> dict[Tensor, Tensor]:
+        """The masks in force, True where kept."""
+        return {p: state["ham_mask"] for p, state in self.state.items() if "ham_mask" in state}
+
+    def _apply_mask(self, param: Tensor) -> None:
+        state = self.state[param]
+        keys = ("ham_master", "exp_avg", "exp_avg_sq", "momentum_buffer")
+        held = [param, *(state[key] for key in keys if state.get(key) is not None)]
+        cpu.mask_([tensor.detach() for tensor in held], [state["ham_mask"]] * len(held))
+
+    # ---- statistics ----
+
+    def measure_next_step(self) -> None:
+        """Measure the mirror step of the next `step()`; costs about one more pass."""
+        self._measure = True
+
+    def exponent_statistics(self) -> ExponentStatistics | None:
+        """The last measurement, None before the first."""
+        return self._statistics
+
+    # ---- the step ----
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Base step, mirror step, mask. Weights without a gradient keep their value.
-
-        Args:
-            closure: Reevaluates the model and returns the loss.
-
-        Raises:
-            ValueError: For a sparse gradient; nothing has changed then.
-        """
+    def step(self, closure: Any = None) -> Any:
+        """Base step, mirror step, mask. Returns the closure's loss."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        sums = _Sums() if self._measure else None
         for group in self.param_groups:
+            params = [param for param in group["params"] if param.grad is not None]
+            if any(param.grad.is_sparse for param in params):
+                raise ValueError("HAM takes no sparse gradients")
+            for batch in _by_device_and_dtype(params):
+                self._base_step(group, batch)
+            self._mirror_step(group, [p for p in params if group["mirror"] and p.dim() >= 2], sums)
             for param in group["params"]:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise ValueError("HAM takes dense gradients, not sparse ones")
-        scratch = cpu.Scratch()
-        tally = cpu.Tally() if self._is_measured else None
-        weights = [self._weights(group) for group in self.param_groups]
-        alphas = self._alphas(weights, scratch)
-        for group, of_group, of_alphas in zip(self.param_groups, weights, alphas, strict=True):
-            self._step_group(group, of_group, of_alphas, scratch, tally)
-        if tally is not None:
-            self._statistics = self._summary(tally)
-            self._is_measured = False
+                if "ham_mask" in self.state.get(param, ()):
+                    self._apply_mask(param)
+        if sums is not None:
+            self._statistics = sums.statistics(self.param_groups)
+            self._measure = False
         return loss
 
-    def _weights(self, group: dict[str, Any]) -> list[_Weight]:
-        """The group's parameters that have a gradient, their state begun."""
-        found = []
-        for param in group["params"]:
-            if param.grad is None:
-                continue
-            w = self._stored(param)
-            base_step.start(self.state[param], w, group["base"])
-            found.append(_Weight(param, w, cpu.like(param.grad, w)))
-        return found
+    def _weight(self, param: Tensor) -> Tensor:
+        """What is updated: the master of a low-precision parameter, else the parameter."""
+        master = self.state[param].get("ham_master")
+        return param if master is None else master
 
-    def _stored(self, param: Tensor) -> Tensor:
-        """What is updated: the parameter, or its float32 master, made at first use."""
-        if param.dtype not in LOW_PRECISION:
-            return param
-        state = self.state[param]
-        if "ham_master" not in state:
-            state["ham_master"] = param.detach().to(torch.float32, copy=True)
-        master: Tensor = state["ham_master"]
-        return master
-
-    def _step_group(
-        self,
-        group: dict[str, Any],
-        weights: list[_Weight],
-        alphas: list[float],
-        scratch: cpu.Scratch,
-        tally: cpu.Tally | None,
-    ) -> None:
-        """One step of one group; `alphas` has lr * alpha for each of its weights."""
-        decay = self._decay_due(group) if weights else 0.0
-        self._take_base_step(group, weights)
-        for weight, a in zip(weights, alphas, strict=True):
-            is_mirrored = _is_mirrored(group, weight.param)
-            self._mirror(
-                group,
-                weight,
-                a if is_mirrored else 0.0,
-                decay if is_mirrored else 0.0,
-                scratch,
-                tally if is_mirrored else None,
-            )
-        for param in group["params"]:
-            if param.grad is None and "ham_mask" in self.state.get(param, {}):
-                self._mask(param, scratch)
-
-    def _take_base_step(self, group: dict[str, Any], weights: list[_Weight]) -> None:
-        if group["backend"] == "rule":
-            for weight in weights:
-                g = weight.g.to(weight.w.dtype)
-                base_step.take_by_rule(group, weight.w, g, self.state[weight.param])
-            return
-        same = [weight for weight in weights if weight.g.dtype == weight.w.dtype]
-        states = [self.state[weight.param] for weight in same]
-        base_step.take(group, [weight.w for weight in same], [weight.g for weight in same], states)
-        # one at a time: the wide copy of a gradient lives no longer than its step
-        for weight in weights:
-            if weight.g.dtype != weight.w.dtype:
-                g = weight.g.to(weight.w.dtype)
-                base_step.take(group, [weight.w], [g], [self.state[weight.param]])
-
-    def _mirror(
-        self,
-        group: dict[str, Any],
-        weight: _Weight,
-        a: float,
-        b: float,
-        scratch: cpu.Scratch,
-        tally: cpu.Tally | None,
-    ) -> None:
-        """Mirror step and mask of one weight, and the rounded copy of its master."""
-        state = self.state[weight.param]
-        mask = state.get("ham_mask")
-        moments = base_step.first_moments(state)
-        clamp = group["clamp"]
-        if group["backend"] == "rule":
-            _mirror_by_rule(weight, a, b, clamp, mask, moments, tally)
-        elif cpu.is_dense(weight.w):
-            cpu.mirror_(
-                weight.w,
-                weight.g,
-                a=a,
-                b=b,
-                clamp=clamp,
-                mask=mask,
-                moments=moments,
-                scratch=scratch,
-                tally=tally,
-            )
+    def _base_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        for param in params:
+            self._init_state(group, param)
+        weights = [self._weight(param).detach() for param in params]
+        grads = [_grad(param, weight) for param, weight in zip(params, weights, strict=True)]
+        states = [self.state[param] for param in params]
+        fused = weights[0].device.type in ("cpu", "cuda")
+        if self._base == "sgd":
+            self._sgd(group, weights, grads, states, fused)
         else:
-            _mirror_by_rule(weight, a, b, clamp, mask, moments, tally)
-        if weight.w is not weight.param:
-            weight.param.copy_(weight.w)
+            step = adamw if self._base == "adamw" else adam
+            beta1, beta2 = group["betas"]
+            step(
+                weights,
+                grads,
+                [state["exp_avg"] for state in states],
+                [state["exp_avg_sq"] for state in states],
+                [],
+                [state["step"] for state in states],
+                foreach=not fused,
+                fused=fused,
+                amsgrad=False,
+                beta1=beta1,
+                beta2=beta2,
+                lr=group["lr"],
+                weight_decay=group["weight_decay"],
+                eps=group["eps"],
+                maximize=False,
+            )
+        for param, weight in zip(params, weights, strict=True):
+            if weight.dtype != param.dtype:
+                param.copy_(weight)
 
-    def _mask(self, param: Tensor, scratch: cpu.Scratch) -> None:
-        """Zero what the parameter's mask drops, in all of its copies and its momentum."""
-        state = self.state[param]
-        tensors = [param, *base_step.first_moments(state)]
-        tensors += [state["ham_master"]] if "ham_master" in state else []
-        for tensor in tensors:
-            tensor.copy_(rule.apply_mask(tensor, state["ham_mask"])) if not cpu.is_dense(
-                tensor
-            ) else cpu.mask_([tensor], state["ham_mask"], scratch)
-
-    # --- the size of the mirror step
-
-    def _alphas(
-        self, weights: Sequence[Sequence[_Weight]], scratch: cpu.Scratch
-    ) -> list[list[float]]:
-        """lr * alpha for every weight of every group; advances calibration and the guard."""
-        groups = self.param_groups
-        sums = [
-            [self._grad_sums(group, weight, scratch) for weight in of_group]
-            for group, of_group in zip(groups, weights, strict=True)
-        ]
-        self._calibrate(sums)
-        return [
-            _guarded(group, _plain_alphas(group, of_group), of_group)
-            for group, of_group in zip(groups, sums, strict=True)
-        ]
-
-    def _grad_sums(
-        self, group: dict[str, Any], weight: _Weight, scratch: cpu.Scratch
-    ) -> tuple[float, float, int]:
-        """Sum of |g|, of g squared, and how many weights count; zeros where alpha is given."""
-        if group["scaling"] == "raw" or not _is_mirrored(group, weight.param):
-            return 0.0, 0.0, 0
-        mask = self.state[weight.param].get("ham_mask")
-        g = weight.g if cpu.is_dense(weight.g) else weight.g.contiguous()
-        mask = None if mask is None else cpu.like(mask, g)
-        total, squares = cpu.grad_sums(g, mask, scratch).tolist()
-        return total, squares, self._num_kept.get(weight.param, weight.param.numel())
-
-    def _calibrate(self, sums: Sequence[Sequence[tuple[float, float, int]]]) -> None:
-        """Take this step's mean|g| over all calibrated groups into their running means."""
-        calibrated = [
-            (group, of_group)
-            for group, of_group in zip(self.param_groups, sums, strict=True)
-            if group["scaling"] == "calibrated"
-        ]
-        total = math.fsum(s[0] for _, of_group in calibrated for s in of_group)
-        count = sum(s[2] for _, of_group in calibrated for s in of_group)
-        if count == 0 or not math.isfinite(total):
-            return
-        for group, _ in calibrated:
-            done = group["ham_calibration_steps"]
-            if done < CALIBRATION_STEPS:
-                group["ham_grad_mean"] += (total / count - group["ham_grad_mean"]) / (done + 1)
-                group["ham_calibration_steps"] = done + 1
-
-    def _decay_due(self, group: dict[str, Any]) -> float:
-        """Add this step's decay to what is pending; all of it once it is due, else 0."""
-        group["ham_pending_decay"] += float(group["lr"]) * group["beta"]
-        if group["ham_pending_decay"] < DECAY_DUE:
-            return 0.0
-        due: float = group["ham_pending_decay"]
-        group["ham_pending_decay"] = 0.0
-        return due
-
-    @torch.no_grad()
-    def flush_decay(self) -> None:
-        """Apply the decay that is pending, less than 2^-12 of each mirrored weight, at once."""
-        scratch = cpu.Scratch()
-        for group in self.param_groups:
-            due, group["ham_pending_decay"] = group["ham_pending_decay"], 0.0
-            for param in group["params"]:
-                if due == 0 or not param.requires_grad or not _is_mirrored(group, param):
-                    continue
-                w = self._stored(param)
-                weight = _Weight(param, w, w)
-                self._mirror(group, weight, 0.0, due, scratch, None)
-
-    # --- masks
-
-    @torch.no_grad()
-    def set_masks(self, masks: Mapping[Tensor, Tensor | None]) -> None:
-        """Hold weights at zero, from now on and after every step.
-
-        Args:
-            masks: Parameter to bool mask of its shape, True where the weight is kept; None lifts the
-                mask. Parameters not named keep theirs. Dropped weights and their momentum are zeroed at
-                once; the masks are copied.
-
-        Raises:
-            ValueError: For a parameter that is not this optimizer's, a mask of another shape or dtype.
-        """
-        ours = {param for group in self.param_groups for param in group["params"]}
-        for param, mask in masks.items():
-            _require(param in ours, "set_masks got a parameter that is not this optimizer's")
-            if mask is not None:
-                _require(mask.dtype == torch.bool, f"a mask is {mask.dtype}; torch.bool is needed")
-                _require(
-                    mask.shape == param.shape,
-                    f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(param.shape)}",
-                )
-        scratch = cpu.Scratch()
-        for param, mask in masks.items():
-            if mask is None:
-                self.state.get(param, {}).pop("ham_mask", None)
-                self._num_kept.pop(param, None)
+    def _sgd(
+        self,
+        group: dict[str, Any],
+        weights: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        fused: bool,
+    ) -> None:
+        has_momentum = group["momentum"] != 0.0
+        buffers = [state.get("momentum_buffer") for state in states]
+        for is_first in (True, False):  # torch's fused form takes no mixture of both
+            chosen = [i for i, buffer in enumerate(buffers) if (buffer is None) == is_first]
+            if not chosen:
                 continue
-            self.state[param]["ham_mask"] = torch.empty_like(param, dtype=torch.bool).copy_(mask)
-            self._num_kept[param] = int(mask.sum())
-            self._mask(param, scratch)
+            part = [buffers[i] for i in chosen]
+            sgd(
+                [weights[i] for i in chosen],
+                [grads[i] for i in chosen],
+                part,
+                foreach=not fused,
+                fused=fused,
+                weight_decay=group["weight_decay"],
+                momentum=group["momentum"],
+                lr=group["lr"],
+                dampening=0.0,
+                nesterov=group["nesterov"],
+                maximize=False,
+            )
+            if has_momentum:
+                for i, buffer in zip(chosen, part, strict=True):
+                    states[i]["momentum_buffer"] = buffer
 
-    def masks(self) -> dict[Tensor, Tensor]:
-        """The masks that hold, by parameter; True where the weight is kept."""
-        return {p: state["ham_mask"] for p, state in self.state.items() if "ham_mask" in state}
+    def _init_state(self, group: dict[str, Any], param: Tensor) -> None:
+        state = self.state[param]
+        if param.dtype in LOW_PRECISION and "ham_master" not in state:
+            state["ham_master"] = param.detach().float().clone()
+        if self._base != "sgd" and "step" not in state:
+            weight = self._weight(param)
+            on_device = weight.device.type == "cuda"
+            state["step"] = torch.zeros((), device=weight.device if on_device else "cpu")
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
 
-    def _count_kept(self) -> None:
-        self._num_kept = {param: int(mask.bool().sum()) for param, mask in self.masks().items()}
+    def _mirror_step(
+        self, group: dict[str, Any], params: list[Tensor], sums: "_Sums | None"
+    ) -> None:
+        if not params or (group["alpha"] == 0.0 and group["beta"] == 0.0):
+            return
+        weights = [self._weight(param).detach() for param in params]
+        grads = [_grad(param, weight) for param, weight in zip(params, weights, strict=True)]
+        strengths = self._strengths(group, params, grads)
+        group["ham_decay_due"] += group["lr"] * group["beta"]
+        b = group["ham_decay_due"] if group["ham_decay_due"] >= MIN_DECAY else 0.0
+        if b:
+            group["ham_decay_due"] = 0.0
+        for weight, grad, a in zip(weights, grads, strengths, strict=True):
+            before = weight.clone() if sums is not None else None
+            if self._backend == "rule":
+                made = rule.mirror_step(weight, grad, a=a, b=b, clamp=group["clamp"])
+                weight.copy_(made)
+            else:
+                cpu.mirror_step_([weight], [grad], [a], b=b, clamp=group["clamp"])
+            if sums is not None and before is not None:
+                sums.add(before, weight, grad, a, b, group["clamp"])
+        for param, weight in zip(params, weights, strict=True):
+            if weight.dtype != param.dtype:
+                param.copy_(weight)
 
-    # --- statistics
+    def _strengths(
+        self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
+    ) -> list[float]:
+        """a = lr * alpha of each tensor."""
+        if group["scaling"] == "raw":
+            return [group["lr"] * group["alpha"]] * len(grads)
+        lr_share = group["lr"] / group["lr_peak"]
+        if group["scaling"] == "normalised":
+            scales = [self._rms(p, g) for p, g in zip(params, grads, strict=True)]
+            eta = group["strength"] * lr_share
+            return [eta / scale if scale > 0 else 0.0 for scale in scales]
+        total = sum(float(norm) for norm in torch._foreach_norm(list(grads), 1))
+        mean = total / sum(grad.numel() for grad in grads)
+        _calibrate(group, mean)
+        return [group["lr"] * group["ham_alpha"]] * len(grads)
 
-    def measure_next_step(self) -> None:
-        """Measure the exponents of the next step; it costs a few reductions."""
-        self._is_measured = True
+    def _rms(self, param: Tensor, grad: Tensor) -> float:
+        mask = self.state[param].get("ham_mask")
+        if mask is None:
+            return float(grad.norm()) / math.sqrt(max(1, grad.numel()))
+        kept = int(mask.count_nonzero())
+        return float(torch.where(mask, grad, 0.0).norm()) / math.sqrt(max(1, kept))
 
-    def exponent_statistics(self) -> ExponentStatistics | None:
-        """The last measured step; None before there is one."""
-        return self._statistics
-
-    def _summary(self, tally: cpu.Tally) -> ExponentStatistics:
-        count = max(tally.count, 1)
-        alphas = {_alpha(group) for group in self.param_groups if group["mirror"]}
-        return ExponentStatistics(
-            mean=tally.total / count,
-            max=tally.greatest,
-            moved_fraction=tally.moved / count,
-            clamped_fraction=tally.clamped / count,
-            alpha=alphas.pop() if len(alphas) == 1 else None,
-            guard_events=sum(group["ham_guard_events"] for group in self.param_groups),
-        )
-
-    # --- state
-
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave: the run goes on bit for bit.
-
-        Raises:
-            ValueError: If it is another base optimizer's, or groups or sizes differ.
-        """
-        for group in state_dict["param_groups"]:
-            base = self.defaults["base"]
-            _require(group.get("base") == base, f"the state is not of HAM with base {base}")
+        """Load; masks stay bool and masters stay fp32, whatever the parameter's dtype."""
         super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
-        params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(saved, params, strict=True):
-            # torch casts state to the parameter's dtype: masks and masters would be lost
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
-                    self.state[param][key] = _placed(key, value, param)
-        self._count_kept()
+        saved = state_dict["state"]
+        order = [index for group in state_dict["param_groups"] for index in group["params"]]
+        held = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(order, held, strict=True):
+            for key, value in saved.get(index, {}).items():
+                if isinstance(value, Tensor) and key != "step":  # torch casts to param.dtype
+                    self.state[param][key] = value.detach().clone().to(param.device)
 
 
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(what)
+def ham_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    *,
+    lr: float,
+    alpha: float,
+    beta: float,
+    clamp: float = 5.0,
+    masks: Sequence[Tensor | None] | None = None,
+) -> None:
+    """HAM's mirror step, in place, after the step of any optimizer (arXiv 2506.02630).
+
+    w <- w * exp(clamp(-lr * (alpha * sign(w) * g + beta))), then the masks.
+
+    Args:
+        params: Weights after the base step, fp32 or wider for small exponents to count.
+        grads: The gradients that the base step used.
+        lr: Learning rate of the step.
+        alpha: Strength of the gradient term, at least 0.
+        beta: Pull towards zero, at least 0.
+        clamp: Limit of |exponent|.
+        masks: True where kept, None where there is none.
+    """
+    weights = [param.detach() for param in params]
+    cpu.mirror_step_(weights, grads, [lr * alpha] * len(weights), b=lr * beta, clamp=clamp)
+    if masks is not None:
+        cpu.mask_(weights, masks)
 
 
 def _resolve(group: dict[str, Any]) -> None:
-    """Check a group's options and replace what is automatic; begin its scalars."""
-    scaling, alpha = group["scaling"], group["alpha"]
-    _require(scaling in (*STRENGTHS, "auto"), f"scaling is {scaling!r}; auto or one of the three")
-    _require(
-        alpha == "auto" or scaling in ("auto", "raw"),
-        f"alpha is given, and scaling {scaling} would choose it; one of the two",
-    )
-    if alpha != "auto":
-        scaling = "raw"
-    elif scaling == "auto":
-        scaling, strength = choose_automatic_scaling()
-        group["strength"] = strength if group["strength"] is None else group["strength"]
-    group["scaling"] = scaling
-    if scaling == "raw" and alpha == "auto":
-        group["alpha"] = ALPHA_PUBLISHED
-    if group["beta"] == "auto":
-        group["beta"] = BETA_PUBLISHED
+    """Check a group's words and turn "auto" and None into what they mean."""
+    for key in ("lr", "weight_decay", "eps"):
+        if not (math.isfinite(group[key]) and group[key] >= 0):
+            raise ValueError(f"{key} is {group[key]!r}: must be finite and at least 0")
+    if group["scaling"] == "auto":
+        group["scaling"] = "calibrated" if group["alpha"] == "auto" else "raw"
+    if group["scaling"] not in CLAMP:
+        raise ValueError(f"scaling is {group['scaling']!r}: auto, raw, calibrated or normalised")
+    if group["scaling"] == "raw" and group["alpha"] == "auto":
+        group["alpha"] = 200.0  # the published default
+    group["beta"] = BETA if group["beta"] == "auto" else group["beta"]
+    for key in ("alpha", "beta"):
+        value = group[key]
+        if value != "auto" and not (math.isfinite(value) and value >= 0):
+            raise ValueError(f'{key} is {value!r}: must be "auto" or finite and at least 0')
+    if group["scaling"] != "raw" and group["alpha"] not in ("auto", 0.0):
+        raise ValueError(f"alpha {group['alpha']} is raw: scaling {group['scaling']} finds its own")
+    if group["alpha"] == 0.0:
+        group["scaling"] = "raw"
     if group["strength"] is None:
-        group["strength"] = STRENGTHS[scaling]
+        group["strength"] = STRENGTH.get(group["scaling"])
     if group["clamp"] is None:
-        group["clamp"] = CLAMPS[scaling]
-    group.setdefault("lr_peak", float(group["lr"]))
-    _check(group)
-    group.setdefault("ham_pending_decay", 0.0)
-    group.setdefault("ham_calibration_steps", 0)
-    group.setdefault("ham_grad_mean", 0.0)
-    group.setdefault("ham_alpha_factor", 1.0)
-    group.setdefault("ham_guard_events", 0)
+        group["clamp"] = CLAMP[group["scaling"]]
+    if group["lr_peak"] is None:
+        group["lr_peak"] = group["lr"]
+    if group["scaling"] != "raw" and group["lr_peak"] <= 0:
+        raise ValueError("lr_peak must be above 0: it is what strength refers to")
 
 
-def _check(group: Mapping[str, Any]) -> None:
-    """Refuse values that are out of range, NaN among them."""
-    for name in ("lr", "weight_decay", "eps", "momentum", "beta"):
-        _require(0 <= group[name] < math.inf, f"{name} is {group[name]}; 0 or more is needed")
-    _require(all(0 <= b < 1 for b in group["betas"]), f"betas are {group['betas']}; in [0, 1)")
-    _require(group["clamp"] > 0, f"clamp is {group['clamp']}; more than 0 is needed")
-    _require(not group["nesterov"] or group["momentum"] > 0, "nesterov needs a momentum")
-    if group["scaling"] == "raw":
-        _require(0 <= group["alpha"] < math.inf, f"alpha is {group['alpha']}; 0 or more is needed")
-        return
-    _require(
-        0 <= group["strength"] < math.inf, f"strength is {group['strength']}; 0 or more is needed"
-    )
-    _require(
-        group["lr_peak"] > 0 or not group["mirror"],
-        f"lr_peak is {group['lr_peak']}; scaling {group['scaling']} needs the peak learning rate",
-    )
+def _calibrate(group: dict[str, Any], mean: float) -> None:
+    """alpha from the mean gradient seen so far, for the first ten steps; then the guard alone."""
+    if group["ham_calibrated"] < CALIBRATION_STEPS and math.isfinite(mean) and mean > 0:
+        group["ham_gradient_sum"] += mean
+        group["ham_calibrated"] += 1
+        average = group["ham_gradient_sum"] / group["ham_calibrated"]
+        group["ham_alpha"] = group["strength"] / (group["lr_peak"] * average)
+    if group["ham_alpha"] is None:
+        group["ham_alpha"] = 0.0
+    for _ in range(64):
+        if group["lr"] * group["ham_alpha"] * mean <= GUARD_MEAN:
+            break
+        group["ham_alpha"] /= 2
+        group["ham_guard_events"] += 1
 
 
-def _is_mirrored(group: Mapping[str, Any], param: Tensor) -> bool:
-    return bool(group["mirror"]) and param.ndim >= 2
+def _grad(param: Tensor, weight: Tensor) -> Tensor:
+    assert param.grad is not None
+    return param.grad.detach().to(weight.dtype)
 
 
-def _alpha(group: Mapping[str, Any]) -> float | None:
-    """Alpha of a group now; None where each tensor has its own."""
+def _by_device_and_dtype(params: Sequence[Tensor]) -> list[list[Tensor]]:
+    """Parameters that one call of the base step can take."""
+    made: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for param in params:
+        made.setdefault((param.device, param.dtype), []).append(param)
+    return list(made.values())
+
+
+class _Sums:
+    """Adds up what a measured mirror step did."""
+
+    def __init__(self) -> None:
+        self.total = self.moved = self.clamped = 0
+        self.absolute = self.greatest = 0.0
+
+    def add(
+        self, before: Tensor, after: Tensor, grad: Tensor, a: float, b: float, clamp: float
+    ) -> None:
+        """One tensor, its weights before and after."""
+        alive = before != 0
+        raw = (a * torch.sign(before) * grad + b).abs()
+        size = torch.where(alive, raw.clamp(max=clamp), 0.0)
+        self.total += int(alive.count_nonzero())
+        self.moved += int((before != after).count_nonzero())
+        self.clamped += int(((raw > clamp) & alive).count_nonzero())
+        self.absolute += float(size.sum(dtype=torch.float64))
+        self.greatest = max(self.greatest, float(size.max()) if size.numel() else 0.0)
+
+    def statistics(self, groups: Sequence[dict[str, Any]]) -> ExponentStatistics:
+        """The record of the step."""
+        total = max(1, self.total)
+        found = {_alpha(group) for group in groups if group["mirror"]}
+        return ExponentStatistics(
+            mean=self.absolute / total,
+            max=self.greatest,
+            moved_fraction=self.moved / total,
+            clamped_fraction=self.clamped / total,
+            alpha=found.pop() if len(found) == 1 else None,
+            guard_events=sum(group["ham_guard_events"] for group in groups),
+        )
+
+
+def _alpha(group: dict[str, Any]) -> float | None:
     if group["scaling"] == "raw":
         return float(group["alpha"])
-    if group["scaling"] == "normalised":
-        return None
-    scale = group["lr_peak"] * group["ham_grad_mean"]
-    # with no gradient seen there is nothing to scale by, and nothing to do
-    return float(group["strength"] * group["ham_alpha_factor"] / scale) if scale > 0 else 0.0
-
-
-def _plain_alphas(
-    group: Mapping[str, Any], sums: Iterable[tuple[float, float, int]]
-) -> list[float]:
-    """lr * alpha for each weight of a group, as calibration has it."""
-    lr = float(group["lr"])
-    alpha = _alpha(group)
-    if alpha is not None:
-        return [lr * alpha for _ in sums]
-    eta = group["strength"] * group["ham_alpha_factor"] * lr / group["lr_peak"]
-    return [eta / math.sqrt(q / n) if n > 0 and q > 0 else 0.0 for _, q, n in sums]
-
-
-def _guarded(
-    group: dict[str, Any], alphas: list[float], sums: Sequence[tuple[float, float, int]]
-) -> list[float]:
-    """`alphas`, halved from now on if their exponents are too large; 0 if they are not finite."""
-    count = sum(n for _, _, n in sums)
-    if group["scaling"] == "raw" or count == 0:
-        return alphas
-    mean = sum(a * total for a, (total, _, _) in zip(alphas, sums, strict=True)) / count
-    if mean <= EXPONENT_LIMIT:
-        return alphas
-    group["ham_alpha_factor"] /= 2
-    group["ham_guard_events"] += 1
-    return [a / 2 if math.isfinite(mean) else 0.0 for a in alphas]
-
-
-def _mirror_by_rule(
-    weight: _Weight,
-    a: float,
-    b: float,
-    clamp: float,
-    mask: Tensor | None,
-    moments: Sequence[Tensor],
-    tally: cpu.Tally | None,
-) -> None:
-    """Mirror step and mask of one weight as `rule` writes them."""
-    w = weight.w
-    if a != 0 or b != 0 or tally is not None:
-        e = rule.exponent(w, weight.g.to(w.dtype), a=a, b=b, clamp=clamp)
-        new = w + w * e.expm1()
-        if tally is not None:
-            cpu.count_exponents(tally, w, e, clamp, mask)
-            changed = new != w
-            tally.moved += int((changed if mask is None else changed & mask).sum())
-        w.copy_(new)
-    for tensor in (w, *moments):
-        tensor.copy_(rule.apply_mask(tensor, mask))
-
-
-def _placed(key: str, value: Tensor, param: Tensor) -> Tensor:
-    """A saved tensor of `param`'s state as the running optimizer has it, copied."""
-    if key == "step":
-        device = param.device if base_step.is_fused(param) else "cpu"
-        return value.to(device=device, dtype=torch.float32, copy=True)
-    dtype = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
-    dtype = torch.bool if key == "ham_mask" else dtype
-    return torch.empty_like(param, dtype=dtype).copy_(value)
+    found = group["ham_alpha"]
+    return None if found is None else float(found)

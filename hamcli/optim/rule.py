@@ -1,85 +1,88 @@
-"""The update of one tensor, written out: base step, mirror step, mask. The oracle of the fast backends.
+"""HAM's update of one tensor, written slowly: the oracle that every fast form is proved against.
 
-After the base optimizer has turned w into w', the mirror step and the mask are
+    base step     w' = base(w, g)
+    mirror step   w  = w' * exp(clamp(-(a * sign(w') * g + b), -clamp, clamp))
+    mask          w  = w where kept, else +0
 
-    e = clamp(-(a * sign(w') * g + b), -clamp, clamp)
-    w <- w' * exp(e)          where the mask keeps the weight
-    w <- +0.0                 where it does not
-
-    w      weight                                g      gradient at w, the one the base step used
-    a      lr * alpha of this step               b      lr * beta, or the decay that is due
-    alpha  strength of the gradient's part       beta   strength of the decay
-    m, v   the base optimizer's first and second moment
-
-HAM: Hyperbolic Aware Minimization, arXiv 2506.02630. The exponent is formed in the tensor's own dtype
-and applied as w + w * expm1(e), which rounds once; the published wrapper multiplies by exp(e).
-Base steps follow torch.optim.AdamW, Adam and SGD. Groups, state and devices are for `ham`.
+w: weights; g: gradient at the point the base step started from, already clipped; lr: learning rate;
+a = lr * alpha and b = lr * beta for raw scaling. Zeros stay zero and no sign flips in the mirror
+step. Source: Hyperbolic Aware Minimization (arXiv 2506.02630); `expm1` is ours, so that writing
+back to fp32 rounds once. Works in any floating dtype; float64 is what tests use.
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+def mirror_step(
+    w: Tensor, g: Tensor, *, a: float, b: float, clamp: float, mask: Tensor | None = None
+) -> Tensor:
+    """The mirror step and the mask; returns new weights.
+
+    Args:
+        w: Weights after the base step, any shape.
+        g: Gradient, same shape.
+        a: Strength of the gradient term, lr * alpha, at least 0.
+        b: Pull towards zero, lr * beta, at least 0.
+        clamp: Limit of |exponent|.
+        mask: True where kept.
+    """
+    exponent = torch.clamp(-(a * torch.sign(w) * g + b), -clamp, clamp)
+    moved = w + w * torch.expm1(exponent)
+    return moved if mask is None else torch.where(mask, moved, 0.0)
+
+
+@dataclass(slots=True)
+class AdamMoments:
+    """First and second moment and the number of steps done."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: int = 0
+
+
 def adam_step(
     w: Tensor,
     g: Tensor,
-    m: Tensor,
-    v: Tensor,
+    moments: AdamMoments,
     *,
-    step: int,
     lr: float,
     beta1: float,
     beta2: float,
     eps: float,
     weight_decay: float,
     decoupled: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of AdamW (`decoupled`) or Adam: the new w, m and v. `step` counts from 1."""
+) -> Tensor:
+    """One step of Adam (arXiv 1412.6980) or, decoupled, AdamW (arXiv 1711.05101)."""
+    moments.step += 1
     if decoupled:
         w = w * (1 - lr * weight_decay)
-    elif weight_decay != 0:
+    else:
         g = g + weight_decay * w
-    m = beta1 * m + (1 - beta1) * g
-    v = beta2 * v + (1 - beta2) * g * g
-    scale = math.sqrt(1 - beta2**step)
-    return w - (lr / (1 - beta1**step)) * m / (v.sqrt() / scale + eps), m, v
+    moments.exp_avg = beta1 * moments.exp_avg + (1 - beta1) * g
+    moments.exp_avg_sq = beta2 * moments.exp_avg_sq + (1 - beta2) * g * g
+    bias1 = 1 - beta1**moments.step
+    bias2 = 1 - beta2**moments.step
+    denominator = moments.exp_avg_sq.sqrt() / math.sqrt(bias2) + eps
+    return w - lr / bias1 * moments.exp_avg / denominator
 
 
 def sgd_step(
     w: Tensor,
     g: Tensor,
-    m: Tensor | None,
+    buffer: Tensor | None,
     *,
     lr: float,
     momentum: float,
     nesterov: bool,
     weight_decay: float,
 ) -> tuple[Tensor, Tensor | None]:
-    """One step of SGD: the new w and momentum buffer, which is the gradient on the first step."""
-    if weight_decay != 0:
-        g = g + weight_decay * w
-    if momentum == 0:
-        return w - lr * g, m
-    m = g.clone() if m is None else momentum * m + g
-    return w - lr * (g + momentum * m if nesterov else m), m
-
-
-def exponent(w: Tensor, g: Tensor, *, a: float, b: float, clamp: float) -> Tensor:
-    """The exponent e of the mirror step, for w after the base step."""
-    return (-(a * w.sign() * g + b)).clamp(-clamp, clamp)
-
-
-def mirror_step(
-    w: Tensor, g: Tensor, *, lr: float, alpha: float, beta: float, clamp: float = 5.0
-) -> Tensor:
-    """The mirror step: zeros stay zero and no sign changes."""
-    e = exponent(w, g, a=lr * alpha, b=lr * beta, clamp=clamp)
-    return w + w * e.expm1()
-
-
-def apply_mask(w: Tensor, mask: Tensor | None) -> Tensor:
-    """`w` where `mask` is True, +0.0 elsewhere."""
-    # where, not a product: 0 * nan is nan, and -w * 0 is -0.0
-    return w if mask is None else torch.where(mask, w, 0.0)
+    """One step of SGD with momentum as torch defines it; returns weights and momentum buffer."""
+    g = g + weight_decay * w
+    if momentum == 0.0:
+        return w - lr * g, None
+    buffer = g.clone() if buffer is None else momentum * buffer + g
+    return w - lr * (g + momentum * buffer if nesterov else buffer), buffer

@@ -2,6 +2,7 @@ import json
 import os
 import shutil
 import socket
+import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -105,7 +106,7 @@ def test_tokenizer_comes_with_its_whole_vocabulary() -> None:
 
 
 def test_tokenizer_that_is_not_the_models_is_none_with_the_reason(tmp_path: Path) -> None:
-    folder = save(bert(vocab_size=2000) if False else llama(), tmp_path / "m")
+    folder = save(llama(), tmp_path / "m")
     shutil.copy(ALBERT / "tokenizer.json", folder)
     loaded = load(folder)
     assert loaded.tokenizer is None
@@ -194,7 +195,7 @@ def test_new_head_has_the_labels_and_the_same_bytes_each_time(bert_folder: Path)
     assert first.model.config.id2label == THREE
     assert first.model.config.label2id == {"no": 0, "maybe": 1, "yes": 2}
     assert first.model.classifier.weight.shape == (3, 32)
-    assert float(first.model.classifier.weight.abs().sum()) > 0
+    assert int(first.model.classifier.weight.count_nonzero()) == 96
     assert_same_state(first.model, second.model)
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -440,15 +441,13 @@ def test_unknown_architecture_is_refused_without_running_its_code(
 
 
 def test_no_file_outside_the_model_is_opened(evil: Source, tmp_path: Path) -> None:
-    import subprocess
-
     code = (
         "import sys; opened = [];"
         "sys.addaudithook(lambda event, args: event == 'open' and opened.append(str(args[0])));"
         "from hamcli.checkpoint.source import find_model;"
         "from hamcli.checkpoint.loading import load_model;"
         f"load_model(find_model({str(evil.folder)!r}), 'auto');"
-        "bad = [name for name in opened if 'secret' in name or 'evil' in name or 'elsewh' in name];"
+        "bad = [name for name in opened if name.endswith(('secret.json', 'evil.py', 'elsewhere.safetensors'))];"
         "assert not bad, bad"
     )
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)

@@ -1,0 +1,265 @@
+"""A source of data as the user names it -> columns of plain values.
+
+A file (.txt, .jsonl, .csv, .parquet), a folder of such files or of images, or a dataset id through
+the `datasets` library. What a row means is not known here.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hamcli.errors import InputRefused, ResourceError
+
+TEXT_KINDS = (".txt", ".jsonl", ".csv", ".parquet")
+IMAGE_KINDS = (".png", ".jpg", ".jpeg", ".bmp", ".gif", ".webp", ".tif", ".tiff")
+EVALUATION_NAMES = ("validation", "val", "valid", "test", "eval")
+HUB_SECONDS = 4.0
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """Columns of equal length, and what to call them in messages.
+
+    Attributes:
+        name: The source, as messages and reports show it.
+        columns: Column name to values, one a row.
+        first_line: Line of the first row in its file; 0 where rows are no lines.
+    """
+
+    name: str
+    columns: dict[str, Sequence[Any]]
+    first_line: int = 0
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 0
+
+    def row(self, index: int) -> str:
+        """A row as messages name it."""
+        if self.first_line:
+            return f"{self.name}: line {index + self.first_line}"
+        return f"{self.name}: row {index}"
+
+
+def read_table(source: str, split: str = "train") -> Table:
+    """Read a whole source.
+
+    Args:
+        source: A path or a dataset id `name[:config][:split]`.
+        split: Split of a dataset id that names none, or subfolder of a folder that has it.
+
+    Raises:
+        InputRefused: It is missing, empty, of an unknown kind or broken.
+    """
+    path = Path(source)
+    if path.is_dir():
+        table = _read_folder(path, split)
+    elif path.exists():
+        table = _read_file(path)
+    elif path.suffix.lower() in (*TEXT_KINDS, *IMAGE_KINDS) or source.startswith((".", "/", "~")):
+        raise InputRefused("E451", "no such data", source, "", "a file, a folder or a dataset id")
+    else:
+        table = _read_hub(source, split)
+    if len(table) == 0:
+        raise InputRefused("E452", "data is empty", source, "no rows")
+    return table
+
+
+def evaluation_folder(source: str) -> str | None:
+    """The subfolder of an image folder or data folder that is held out by its name."""
+    path = Path(source)
+    if not (path.is_dir() and (path / "train").is_dir()):
+        return None
+    return next((str(path / name) for name in EVALUATION_NAMES if (path / name).is_dir()), None)
+
+
+def _read_file(path: Path) -> Table:
+    if not path.is_file():  # a FIFO or device would hang
+        raise InputRefused("E451", "not a regular file", path)
+    kind = path.suffix.lower()
+    readers = {
+        ".txt": _read_txt,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    if kind not in readers:
+        raise InputRefused(
+            "E453",
+            "unknown kind of data",
+            path,
+            kind or "no suffix",
+            "one of " + ", ".join(TEXT_KINDS),
+        )
+    try:
+        return readers[kind](path)
+    except PermissionError as error:
+        raise ResourceError("E512", "may not read", path, error.strerror or "") from None
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Numbered lines of a UTF-8 file without their ends."""
+    with path.open("rb") as file:
+        for number, raw in enumerate(file, 1):
+            try:
+                text = raw.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise InputRefused(
+                    "E454",
+                    "not UTF-8",
+                    f"{path}: line {number}",
+                    f"byte {error.start + 1}",
+                    "UTF-8",
+                ) from None
+            if "\x00" in text:
+                raise InputRefused("E454", "a NUL byte in text", f"{path}: line {number}")
+            yield number, text
+
+
+def _read_txt(path: Path) -> Table:
+    return Table(str(path), {"text": [text for _, text in _lines(path) if text.strip()]})
+
+
+def _read_jsonl(path: Path) -> Table:
+    rows: list[dict[str, Any]] = []
+    for number, text in _lines(path):
+        if not text.strip():
+            continue
+        try:
+            row = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputRefused(
+                "E454", "not JSON", f"{path}: line {number}", str(error), "one JSON object a line"
+            ) from None
+        if not isinstance(row, dict):
+            raise InputRefused("E454", "not a JSON object", f"{path}: line {number}")
+        rows.append(row)
+    names = list(rows[0]) if rows else []
+    return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, 1)
+
+
+def _read_csv(path: Path) -> Table:
+    reader = csv.reader(text + "\n" for _, text in _lines(path))
+    try:
+        header = next(reader, [])
+        rows = [row for row in reader if row]
+    except csv.Error as error:
+        raise InputRefused(
+            "E454", "not CSV", f"{path}: line {reader.line_num}", str(error)
+        ) from None
+    for index, row in enumerate(rows):
+        if len(row) != len(header):
+            raise InputRefused(
+                "E454",
+                "a row has another number of fields than the header",
+                f"{path}: row {index + 1}",
+                f"{len(row)}",
+                f"{len(header)}",
+            )
+    return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)})
+
+
+def _read_parquet(path: Path) -> Table:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.read_table(path)
+    except (pyarrow.ArrowException, OSError) as error:
+        why = str(error).splitlines()[0]
+        raise InputRefused("E454", "not parquet", path, why) from None
+    return Table(str(path), {name: table.column(name).to_pylist() for name in table.column_names})
+
+
+def _read_folder(path: Path, split: str) -> Table:
+    if (path / split).is_dir():
+        path = path / split
+    if any(item.suffix.lower() in IMAGE_KINDS for item in path.rglob("*")):
+        return _read_image_folder(path)
+    for kind in TEXT_KINDS:
+        files = sorted(item for item in path.iterdir() if item.suffix.lower() == kind)
+        if files:
+            return _joined(str(path), [_read_file(item) for item in files])
+    raise InputRefused(
+        "E453", "no data in this folder", path, "", "images, or files of " + ", ".join(TEXT_KINDS)
+    )
+
+
+def _joined(name: str, tables: Sequence[Table]) -> Table:
+    names = list(tables[0].columns)
+    for table in tables:
+        if list(table.columns) != names:
+            raise InputRefused(
+                "E454",
+                "files have different columns",
+                table.name,
+                ", ".join(table.columns),
+                ", ".join(names),
+            )
+    return Table(
+        name,
+        {
+            column: [value for table in tables for value in table.columns[column]]
+            for column in names
+        },
+    )
+
+
+def _read_image_folder(path: Path) -> Table:
+    """Images of a folder; subfolders are labels."""
+    root = path.resolve()
+    images, labels = [], []
+    for item in sorted(path.rglob("*")):
+        if item.suffix.lower() in IMAGE_KINDS and item.is_file():
+            if not item.resolve().is_relative_to(root):
+                raise InputRefused("E451", "a link leads out of the folder", item)
+            images.append(str(item))
+            labels.append(item.relative_to(path).parts[0] if item.parent != path else None)
+    columns: dict[str, Sequence[Any]] = {"image": images}
+    if all(label is not None for label in labels):
+        columns["label"] = labels
+    return Table(str(path), columns)
+
+
+def _read_hub(source: str, split: str) -> Table:
+    name, *rest = source.split(":")
+    config = rest[0] if rest and rest[0] else None
+    split = rest[1] if len(rest) > 1 else split
+    import datasets
+
+    _ask_hub(name)
+    datasets.disable_progress_bars()
+    try:
+        found = datasets.load_dataset(name, config, split=split)
+    except Exception as error:  # noqa: BLE001 - the library raises a dozen kinds
+        why = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputRefused(
+            "E455", "data set cannot be loaded", source, why, "a file, or name[:config][:split]"
+        ) from None
+    if any(type(feature).__name__ == "Image" for feature in found.features.values()):
+        image_names = [n for n, f in found.features.items() if type(f).__name__ == "Image"]
+        for image_name in image_names:
+            found = found.cast_column(image_name, datasets.Image(decode=False))
+    columns: dict[str, Sequence[Any]] = {name: found[name][:] for name in found.column_names}
+    for column, feature in found.features.items():
+        if type(feature).__name__ == "ClassLabel":
+            columns[column] = [feature.int2str(value) for value in columns[column]]
+    return Table(source, columns)
+
+
+def _ask_hub(name: str) -> None:
+    """Fail in seconds where there is no network, unless the data set is in the cache."""
+    import datasets
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import HfHubHTTPError
+
+    try:
+        HfApi().dataset_info(name, timeout=HUB_SECONDS)
+    except HfHubHTTPError as error:
+        raise InputRefused(
+            "E455", "no such data set", name, str(error).splitlines()[0], "a file, or a public id"
+        ) from None
+    except Exception:  # noqa: BLE001 - no network in any of its forms: the cache may have it
+        datasets.config.HF_HUB_OFFLINE = True
