@@ -316,7 +316,7 @@ class HAM(torch.optim.Optimizer):
     def _strengths(
         self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
     ) -> list[float]:
-        """a = lr * alpha of each tensor."""
+        """A = lr * alpha of each tensor."""
         if group["scaling"] == "raw":
             return [group["lr"] * group["alpha"]] * len(grads)
         lr_share = group["lr"] / group["lr_peak"]
@@ -408,7 +408,7 @@ def _resolve(group: dict[str, Any]) -> None:
 
 
 def _calibrate(group: dict[str, Any], mean: float) -> None:
-    """alpha from the mean gradient seen so far, for the first ten steps; then the guard alone."""
+    """Alpha from the mean gradient seen so far, for the first ten steps; then the guard alone."""
     if group["ham_calibrated"] < CALIBRATION_STEPS and math.isfinite(mean) and mean > 0:
         group["ham_gradient_sum"] += mean
         group["ham_calibrated"] += 1
