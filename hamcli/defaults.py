@@ -1,0 +1,18 @@
+"""What a run is when the user says little: the recipe of its task, the name of its folder."""
+
+from pathlib import Path
+
+RECIPE_OF_TASK = {
+    "feature-extraction": "text-encoder-90",
+    "causal-lm": "causal-lm-50",
+    "masked-lm": "masked-lm-80",
+    "text-classification": "text-classifier-90",
+    "token-classification": "text-classifier-90",
+    "image-classification": "image-classifier-95",
+}
+
+
+def out_folder(model: str, target: float) -> Path:
+    """`minilm-ham-90` in the working directory for `builtin:minilm` at 0.9."""
+    name = model.partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]
+    return Path(f"{name.removesuffix('.safetensors') or 'model'}-ham-{target * 100:g}")

@@ -1,0 +1,795 @@
+"""Each command's road: recipe in, report out. One call an arrow; the rooms do the work."""
+
+import hashlib
+import os
+import platform
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamcli import __version__, outcome
+from hamcli.checkpoint.dense import write_model
+from hamcli.checkpoint.loading import LoadedModel, has_head, load_model
+from hamcli.checkpoint.source import Source, find_model, infer_task
+from hamcli.data import Data, batch, evaluation_batches, label_names, open_data
+from hamcli.defaults import RECIPE_OF_TASK, out_folder
+from hamcli.errors import HamError, Interrupted, Preempted, RecipeError, UsageError
+from hamcli.evaluation import Quality, drop, measure
+from hamcli.objective import Objective, make_objective, make_teacher
+from hamcli.optim import HAM
+from hamcli.progress import Progress, Silent, StepRecord
+from hamcli.recipe import (
+    ReadRecipe,
+    Recipe,
+    effective_text,
+    read_recipe,
+    recipe_layer,
+    values_layer,
+)
+from hamcli.report.records import (
+    Curves,
+    DataRecord,
+    EnvironmentRecord,
+    HamRecord,
+    ModelRecord,
+    QualityRecord,
+    Report,
+    TrainingRecord,
+)
+from hamcli.runstate import Checkpoint, RunIdentity, RunState, installed_versions
+from hamcli.signals import Stop, stop_on_signals
+from hamcli.sparsity.masks import apply_masks_, prune_masks
+from hamcli.sparsity.methods import Sparsifier, make_sparsifier
+from hamcli.sparsity.targets import Targets, select_targets
+from hamcli.training import Hooks, make_accelerator, train, warm_up_and_decay
+
+MEASURED_STEPS = 50  # times in a run that the mirror step is measured
+MOVED_FLOOR = 0.01
+FLOAT_DTYPES = {"float32", "bfloat16", "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What a run stands on: recipe with everything resolved, model, data, targets."""
+
+    recipe: Recipe
+    source: Source
+    loaded: LoadedModel
+    data: Data
+    targets: Targets
+    model_text: str
+
+
+def sparsify(
+    recipe: Recipe | str | Path | None = None,
+    *,
+    out: str | Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+    keep_run: bool = False,
+    progress: Progress | None = None,
+    **overrides: Any,
+) -> Report:
+    """Make a model sparse and keep it good; what `ham sparsify` calls.
+
+    Args:
+        recipe: A Recipe, a shipped recipe's name, or a file; None takes the recipe of the task.
+        out: Folder of the result; it appears complete or not at all.
+        resume: Go on from the run checkpoints beside `out`.
+        overwrite: Replace `out` if it holds something.
+        keep_run: Leave the run folder when done.
+        progress: Who watches; nobody by default.
+        **overrides: `model`, `target`, `data`, `steps`, ... or dotted keys in a dict `settings`.
+
+    Returns:
+        The report, as written to `out`.
+
+    Raises:
+        HamError: Anything of `hamcli.errors` but GateFailed: `report.gate` has the verdict.
+    """
+    words = {WORDS[key]: value for key, value in overrides.items() if key != "settings"}
+    words |= overrides.get("settings", {})
+    layers = [values_layer(words, "argument")]
+    if isinstance(recipe, Recipe):
+        layers.insert(0, values_layer(recipe.as_dict(), "recipe"))
+    elif recipe is not None:
+        layers.insert(0, recipe_layer(str(recipe)))
+    read = complete(layers, has_recipe=recipe is not None)
+    return run_sparsify(
+        read, out=out, resume=resume, overwrite=overwrite, keep_run=keep_run, progress=progress
+    )
+
+
+WORDS = {
+    "model": "model.id",
+    "task": "model.task",
+    "config": "model.config",
+    "data": "data.source",
+    "target": "sparsity.target",
+    "method": "sparsity.method",
+    "pattern": "sparsity.pattern",
+    "steps": "training.steps",
+    "seed": "training.seed",
+    "device": "training.device",
+    "format": "export.format",
+    "max_drop": "gate.max_drop",
+}
+
+
+def complete(layers: Sequence[Any], *, has_recipe: bool) -> ReadRecipe:
+    """The checked recipe; without one of the user's, that of the model's task lies below."""
+    layers = [*layers]
+    if not has_recipe:
+        said = [layer.data for layer in layers]
+        model = _last(said, "model", "id")
+        task = _last(said, "model", "task") or "auto"
+        if task == "auto" and isinstance(model, str):
+            config = _last(said, "model", "config")
+            source = find_model(model, config=config, hashed=False)
+            task = infer_task(source.config)
+        if task in RECIPE_OF_TASK:
+            layers.insert(0, recipe_layer(RECIPE_OF_TASK[task]))
+            layers.insert(1, values_layer({"model.task": task}, "task"))
+    pattern = _last([layer.data for layer in layers], "sparsity", "pattern")
+    asked = _last([layer.data for layer in layers[1:]], "sparsity", "target")
+    if isinstance(pattern, str) and asked is None and ":" in pattern:
+        kept, _, group = pattern.partition(":")
+        if kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group):
+            fixed = values_layer({"sparsity.target": 1 - int(kept) / int(group)}, "pattern")
+            layers.append(fixed)
+    return read_recipe(layers)
+
+
+def _last(layers: Sequence[Mapping[str, Any]], section: str, key: str) -> Any:
+    found = None
+    for layer in layers:
+        inner = layer.get(section)
+        if isinstance(inner, Mapping) and inner.get(key) is not None:
+            found = inner[key]
+    return found
+
+
+def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Opened:
+    """Open model and data, choose the targets, and resolve what the recipe left open."""
+    recipe = read.recipe
+    if recipe.model.id is None:
+        raise UsageError("E103", "no model", "MODEL", "", "a hub id, folder or builtin:minilm")
+    progress.stage(f"opening {recipe.model.id}")
+    source = find_model(recipe.model.id, config=recipe.model.config, hashed=hashed)
+    task = infer_task(source.config) if recipe.model.task == "auto" else recipe.model.task
+    names = None if has_head(source, task) else label_names(recipe.data, task)
+    loaded = load_model(
+        source,
+        task,
+        dtype="float32" if recipe.model.dtype == "auto" else recipe.model.dtype,
+        id2label=dict(enumerate(names)) if names else None,
+        allow_new_head=names is not None,
+        seed=recipe.training.seed,
+    )
+    for note in loaded.notes:
+        progress.note(note)
+    progress.stage("reading data")
+    data = open_data(
+        recipe.data,
+        task=task,
+        tokenizer=loaded.tokenizer,
+        image_processor=loaded.image_processor,
+        config=loaded.model.config,
+    )
+    try:
+        targets = select_targets(loaded.model, recipe.targets.include, recipe.targets.exclude)
+    except RecipeError as error:
+        place = read.place("targets", "exclude" if error.code == "E215" else "include")
+        raise RecipeError(
+            error.code, error.what, place, f"{error.where}: {error.why}", error.right, error.hints
+        ) from None
+    return Opened(_resolved(recipe, source, task, targets), source, loaded, data, targets, task)
+
+
+def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
+    """The recipe with revision, task and exclusions written out."""
+    model_id = recipe.model.id or ""
+    if source.revision is not None:
+        model_id = f"{model_id.partition('@')[0]}@{source.revision}"
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"id": model_id, "task": task}),
+            "targets": recipe.targets.model_copy(update={"exclude": tuple(targets.exclude)}),
+        }
+    )
+
+
+def run_sparsify(
+    read: ReadRecipe,
+    *,
+    out: str | Path | None,
+    resume: bool,
+    overwrite: bool,
+    keep_run: bool,
+    progress: Progress | None,
+    command: str = "",
+) -> Report:
+    """The main road, from a checked recipe to a finished folder."""
+    progress = progress or Silent()
+    recipe = read.recipe
+    folder = Path(out) if out is not None else out_folder(recipe.model.id or "", recipe.sparsity.target)
+    with (
+        stop_on_signals() as stop,
+        RunState(folder, inputs=_inputs(recipe), overwrite=overwrite, resume=resume) as run,
+    ):
+        opened = open_run(read, progress)
+        identity = run_identity(opened)
+        warnings = [*opened.data.notes, *run.begin(identity)]
+        for text in warnings:
+            progress.warn(text)
+        worker = _Worker(opened, run, stop, progress, warnings, command)
+        report = worker.work()
+        run.finish(keep_run=keep_run)
+    return report
+
+
+def _inputs(recipe: Recipe) -> list[Path]:
+    named = (recipe.model.id, recipe.model.config, recipe.data.source, recipe.data.evaluation)
+    return [Path(name) for name in named if name is not None and Path(name).exists()]
+
+
+def run_identity(opened: Opened) -> RunIdentity:
+    """All that the bytes of the run depend on."""
+    section = opened.recipe.data
+    named = [name for name in (section.source, section.evaluation) if name is not None]
+    return RunIdentity(
+        recipe=opened.recipe.as_dict(),
+        model=dict(opened.source.files),
+        data={Path(name).name: _digest(Path(name)) for name in named if Path(name).is_file()},
+        seed=opened.recipe.training.seed,
+        versions=installed_versions(),
+        device=opened.recipe.training.device,
+        threads=torch.get_num_threads(),
+    )
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class _Worker:
+    """One run of `sparsify`, from opened model to written folder."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        run: RunState,
+        stop: Stop,
+        progress: Progress,
+        warnings: list[str],
+        command: str,
+    ) -> None:
+        self.opened, self.run, self.stop, self.progress = opened, run, stop, progress
+        self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
+        self.warnings, self.command = warnings, command
+        self.model = opened.loaded.model
+        training = self.recipe.training
+        self.accelerator = make_accelerator(training.device, training.precision)
+        self.device = self.accelerator.device
+        self.records: list[StepRecord] = []
+        self.seconds_before = 0.0
+
+    def work(self) -> Report:
+        """Train, prune, write, reopen, measure, report."""
+        objective = self._objective()
+        self.model.to(self.device)
+        dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
+        teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
+        self.progress.stage("measuring the dense model")
+        dense = self._measure(self.model, teacher) if teacher is not None else None
+        one_shot = self._one_shot(teacher)
+        sparsifier = self._sparsifier()
+        optimizer = self._optimizer()
+        seconds = self._train(objective, optimizer, sparsifier, teacher)
+        threshold = self._threshold(dense_weights, sparsifier)
+        return self._write(
+            objective, optimizer, sparsifier, teacher, dense, one_shot, dense_weights, seconds, threshold
+        )
+
+    def _objective(self) -> Objective:
+        section = self.recipe.objective
+        objective = make_objective(
+            self.opened.loaded.task,
+            weights={
+                "task": section.task,
+                "logits": section.distill.logits,
+                "hidden": section.distill.hidden,
+                "embedding": section.distill.embedding,
+            },
+            temperature=section.distill.temperature,
+            has_labels=self.data.has_labels,
+            has_teacher=not self.opened.loaded.new_head,
+        )
+        if self.opened.loaded.new_head:
+            kept = {name: weight for name, weight in objective.weights.items() if name == "task"}
+            objective = replace(objective, weights=kept or objective.weights)
+        for note in objective.notes:
+            self.progress.note(note)
+        return objective
+
+    def _batches(self) -> Any:
+        section = self.recipe.evaluation
+        return evaluation_batches(
+            self.data, batch_size=section.batch_size, examples=section.examples
+        )
+
+    def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality:
+        return measure(
+            model,
+            self._batches(),
+            task=self.opened.loaded.task,
+            has_labels=self.data.has_labels,
+            teacher=teacher,
+            device=self.device,
+        )
+
+    def _one_shot(self, teacher: nn.Module | None) -> Quality | None:
+        """Quality of pruning as far in one shot; the model is left as it was."""
+        if teacher is None or self.recipe.sparsity.target == 0.0:
+            return None
+        self.progress.stage("measuring one-shot pruning")
+        kept = [param.detach().clone() for param in self.targets.params]
+        section = self.recipe.sparsity
+        masks = prune_masks(
+            self.targets,
+            section.target,
+            allocation=section.allocation,
+            pattern=section.pattern,
+            min_sparsity=section.min_sparsity,
+            max_sparsity=section.max_sparsity,
+        )
+        apply_masks_(self.targets, masks)
+        quality = self._measure(self.model, teacher)
+        with torch.no_grad():
+            for param, values in zip(self.targets.params, kept, strict=True):
+                param.copy_(values)
+        return quality
+
+    def _sparsifier(self) -> Sparsifier:
+        section = self.recipe.sparsity
+        return make_sparsifier(
+            section.method,
+            self.targets,
+            target=section.target,
+            steps=self.recipe.training.steps,
+            allocation=section.allocation,
+            pattern=section.pattern,
+            ramp_start=section.ramp_start,
+            freeze_last=section.freeze_last,
+            update_every=section.update_every,
+            min_sparsity=section.min_sparsity,
+            max_sparsity=section.max_sparsity,
+        )
+
+    def _optimizer(self) -> HAM:
+        section = self.recipe.optimizer
+        targeted = {id(param) for param in self.targets.params}
+        others = [param for param in self.model.parameters() if id(param) not in targeted]
+        wide = [param for param in others if param.dim() >= 2]
+        flat = [param for param in others if param.dim() < 2]
+        groups: list[dict[str, Any]] = [{"params": self.targets.params}]
+        groups += [{"params": wide, "mirror": False}] if wide else []
+        groups += [{"params": flat, "mirror": False, "weight_decay": 0.0}] if flat else []
+        return HAM(
+            groups,
+            base=section.base,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            betas=section.betas,
+            eps=section.eps,
+            momentum=section.momentum if section.base == "sgd" else 0.0,
+            nesterov=section.nesterov,
+            alpha=section.ham.alpha,
+            beta=section.ham.beta,
+            scaling=section.ham.scaling,
+            strength=section.ham.strength,
+            clamp=section.ham.clamp,
+            backend=section.ham.backend,
+        )
+
+    # ---- training ----
+
+    def _train(
+        self,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        teacher: nn.Module | None,
+    ) -> float:
+        training = self.recipe.training
+        done = self._resume(optimizer, sparsifier)
+        self._preflight()
+        if done == 0:
+            self._take_masks(optimizer, sparsifier, 0)
+        every = max(1, training.steps // MEASURED_STEPS)
+
+        def after_step(step: int) -> float:
+            self._take_masks(optimizer, sparsifier, step)
+            if (step + 1) % every == 0 or step == 0:
+                optimizer.measure_next_step()
+            return sparsifier.sparsity
+
+        section = self.recipe.optimizer
+        hooks = Hooks(
+            batch_at=lambda micro: batch(
+                self.data, micro, batch_size=training.batch_size, seed=training.seed
+            ),
+            loss_of=lambda model, values: objective(model, values, teacher),
+            lr_at=warm_up_and_decay(
+                section.schedule, peak=section.lr, steps=training.steps, warmup=section.warmup
+            ),
+            measures=lambda step: step % every == 0,
+            exponents=optimizer.exponent_statistics,
+            after_step=after_step,
+        )
+        if every == 1 or (done + 1) % every == 0:
+            optimizer.measure_next_step()
+        began = time.monotonic()
+        self.progress.begin_steps(
+            steps=training.steps, done=done, target=self.recipe.sparsity.target
+        )
+        try:
+            for record in train(
+                self.model,
+                optimizer,
+                hooks,
+                accelerator=self.accelerator,
+                first_step=done + 1,
+                last_step=training.steps,
+                accumulation=training.accumulation,
+                max_grad_norm=section.max_grad_norm,
+                seed=training.seed,
+            ):
+                self.records.append(record)
+                self.progress.step(record)
+                seconds = self.seconds_before + time.monotonic() - began
+                due = record.step % training.checkpoint_every == 0
+                if self.stop.requested or (due and record.step < training.steps):
+                    self._save(record.step, optimizer, sparsifier, seconds)
+                if self.stop.requested:
+                    raise self._stopped(record.step)
+        finally:
+            self.progress.end_steps()
+        return self.seconds_before + time.monotonic() - began
+
+    def _take_masks(self, optimizer: HAM, sparsifier: Sparsifier, step: int) -> None:
+        masks = sparsifier.masks_due(step)
+        if masks is not None:
+            optimizer.set_masks(dict(zip(self.targets.params, masks, strict=True)))
+
+    def _preflight(self) -> None:
+        weights = sum(param.numel() for param in self.model.parameters()) * 4
+        self.run.check_space(checkpoint_bytes=3 * weights, model_bytes=weights)
+
+    def _save(self, step: int, optimizer: HAM, sparsifier: Sparsifier, seconds: float) -> None:
+        state = optimizer.state_dict()
+        tensors = {
+            f"{index}.{key}": value
+            for index, entries in state["state"].items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        }
+        self.run.save(
+            step,
+            {
+                "model": _own_tensors(self.model),
+                "optimizer": tensors,
+                "sparsifier": sparsifier.state(),
+            },
+            {
+                "groups": state["param_groups"],
+                "records": [asdict(record) for record in self.records],
+                "seconds": seconds,
+            },
+        )
+
+    def _resume(self, optimizer: HAM, sparsifier: Sparsifier) -> int:
+        if not self.run.resume:
+            return 0
+        found, notes = self.run.newest_valid(("model", "optimizer", "sparsifier"))
+        assert found is not None
+        for note in notes:
+            self.warnings.append(note)
+            self.progress.warn(note)
+        self._restore(found, optimizer, sparsifier)
+        self.progress.note(f"going on from step {found.step}")
+        return found.step
+
+    def _restore(self, found: Checkpoint, optimizer: HAM, sparsifier: Sparsifier) -> None:
+        own = _own_tensors(self.model)
+        saved = found.tensors("model", set(own))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in found.tensors("optimizer").items():
+            index, _, key = name.partition(".")
+            entries.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
+        sparsifier.load_state(found.tensors("sparsifier"))
+        self.records = [StepRecord(**record) for record in found.values["records"]]
+        self.seconds_before = float(found.values["seconds"])
+
+    def _stopped(self, step: int) -> HamError:
+        kind = Interrupted if self.stop.requested == "SIGINT" else Preempted
+        code = "E902" if kind is Interrupted else "E901"
+        again = self.command or "the same command"
+        if "--resume" not in again:
+            again += " --resume"
+        return kind(
+            code,
+            "interrupted" if kind is Interrupted else f"stopped by {self.stop.requested}",
+            "",
+            f"saved step {step}; to go on: {again}",
+        )
+
+    # ---- the end ----
+
+    def _threshold(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> float | None:
+        """Largest dense magnitude among the dropped weights of a one-shot run; else unknown."""
+        if self.recipe.sparsity.method != "one-shot" or sparsifier.masks is None:
+            return None
+        dropped = [
+            float(weights.abs()[~mask.cpu()].max())
+            for weights, mask in zip(dense, sparsifier.masks, strict=True)
+            if bool((~mask).any())
+        ]
+        return max(dropped, default=None)
+
+    def _write(
+        self,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        teacher: nn.Module | None,
+        dense: Quality | None,
+        one_shot: Quality | None,
+        dense_weights: Sequence[Tensor],
+        seconds: float,
+        threshold: float | None,
+    ) -> Report:
+        section = self.recipe.sparsity
+        self.progress.stage("writing and recounting")
+        if sparsifier.masks is not None:
+            apply_masks_(self.targets, sparsifier.masks)
+        self.model.eval()
+        written = write_folder(self.opened, self.model, self.run)
+        tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
+        sparsity = outcome.sparsity_record(
+            tensors,
+            section.target,
+            num_parameters=sum(param.numel() for param in self.model.parameters()),
+            threshold=threshold,
+            natural_zeros=sparsifier.natural_zeros,
+            method=section.method,
+            allocation=section.allocation,
+            pattern=section.pattern,
+        )
+        if sparsity.zeros < sparsifier.num_zeros:
+            raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
+        self.progress.stage("measuring the written model")
+        sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
+        quality = quality_record(dense, sparse, one_shot, self.data)
+        self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
+        report = Report(
+            ham_version=__version__,
+            model=model_record(self.opened),
+            recipe=public_recipe(self.recipe),
+            environment=environment_record(self.device, self.accelerator.mixed_precision),
+            sparsity=sparsity,
+            tensors=tensors,
+            files=outcome.file_records(written.stage, written.files),
+            size=outcome.size_record(written.stage, self.opened.source.weights),
+            quality=quality,
+            training=self._training_record(objective, optimizer, dense_weights, seconds),
+            gate=outcome.gate_record(
+                self.recipe.gate.max_drop,
+                self.recipe.gate.min_sparsity,
+                quality.drop,
+                sparsity.achieved,
+            ),
+            data=data_record(self.opened),
+            histogram=outcome.histogram(dense_weights, self.targets.params),
+            warnings=tuple(self.warnings),
+        )
+        return finish_folder(report, written.stage, self.run, self.progress)
+
+    def _warn_of(self, tensors: Any, natural_zeros: int, sparsifier: Sparsifier) -> None:
+        empty = [one.name for one in tensors if one.zeros == one.total]
+        if empty and self.recipe.sparsity.target < 1.0:
+            text = f"{len(empty)} tensors lost every weight, first {empty[0]}"
+            self.warnings.append(text)
+            self.progress.warn(text)
+        moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
+        is_on = self.recipe.optimizer.ham.alpha != 0 or self.recipe.optimizer.ham.beta != 0
+        if is_on and moved and max(moved) < MOVED_FLOOR:
+            text = "the mirror step moved almost no weight: HAM did nothing in this run"
+            self.warnings.append(text)
+            self.progress.warn(text)
+
+    def _training_record(
+        self, objective: Objective, optimizer: HAM, dense: Sequence[Tensor], seconds: float
+    ) -> TrainingRecord:
+        means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
+        greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
+        moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
+        last = optimizer.exponent_statistics()
+        group = optimizer.param_groups[0]
+        is_on = not (group["alpha"] == 0 and group["beta"] == 0)
+        ham = HamRecord(
+            scaling=group["scaling"],
+            strength=group["strength"],
+            alpha=last.alpha if last is not None else None,
+            beta=group["beta"],
+            clamp=group["clamp"],
+            exponent_mean=_mean(means),
+            exponent_max=max(greatest, default=None),
+            clamped_fraction=last.clamped_fraction if last is not None else None,
+            guard_events=last.guard_events if last is not None else 0,
+        )
+        training = self.recipe.training
+        return TrainingRecord(
+            steps=training.steps,
+            seconds=round(seconds, 1),
+            ham_moved_fraction=_mean(moved),
+            sign_flips=sign_flips(dense, self.targets.params),
+            curves=Curves.from_rows([asdict(record) for record in self.records], limit=500),
+            ham=ham if is_on else None,
+            batch_size=training.batch_size * training.accumulation,
+            objective=objective.description,
+            optimizer=self.recipe.optimizer.base,
+        )
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their first name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Share of the surviving weights whose sign is not the dense model's."""
+    alive = flipped = 0
+    for old, new in zip(before, after, strict=True):
+        kept = new.detach().cpu()
+        alive += int(kept.count_nonzero())
+        flipped += int((torch.sign(kept) * torch.sign(old) < 0).sum())
+    return flipped / alive if alive else 0.0
+
+
+# ---- what sparsify and prune share ----
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A staged folder: model, configs and recipe, no report yet."""
+
+    stage: Path
+    names: dict[str, tuple[str, ...]]
+    files: tuple[tuple[str, int, str], ...]
+
+
+def write_folder(opened: Opened, model: nn.Module, run: RunState) -> Written:
+    """Write the model and the effective recipe into a staging folder."""
+    stage = run.stage()
+    section = opened.recipe.export
+    made = write_model(
+        model,
+        opened.source,
+        stage,
+        dtype=section.dtype,
+        max_shard_size=section.max_shard_size,
+        tokenizer=opened.loaded.tokenizer,
+        image_processor=opened.loaded.image_processor,
+    )
+    text = effective_text(opened.recipe, {"ham": __version__, **installed_versions()})
+    (stage / "recipe.yaml").write_text(text, encoding="utf-8")
+    raw = text.encode()
+    files = [(one.path, one.bytes, one.sha256) for one in made.files]
+    files.append(("recipe.yaml", len(raw), hashlib.sha256(raw).hexdigest()))
+    return Written(stage, made.names, tuple(files))
+
+
+def reload(opened: Opened, folder: Path, device: torch.device) -> nn.Module:
+    """The written model, opened as a stranger's would be."""
+    source = find_model(str(folder), hashed=False)
+    return load_model(source, opened.loaded.task, dtype="float32").model.to(device)
+
+
+def finish_folder(report: Report, stage: Path, run: RunState, progress: Progress) -> Report:
+    """Write the report's three files and publish the folder."""
+    from hamcli.report.writing import write_report
+
+    progress.stage("writing the report")
+    write_report(report, stage)
+    for text in run.publish(stage):
+        progress.warn(text)
+    return report
+
+
+def quality_record(
+    dense: Quality | None, sparse: Quality, one_shot: Quality | None, data: Data
+) -> QualityRecord:
+    """Dense beside sparse; without a dense model to compare, the sparse one alone."""
+    return QualityRecord(
+        metric=sparse.metric,
+        dense=dense.value if dense is not None else None,
+        sparse=sparse.value,
+        drop=drop(dense, sparse) if dense is not None else None,
+        data=data.evaluation_description,
+        num_examples=sparse.num_examples,
+        higher_is_better=sparse.higher_is_better,
+        one_shot=one_shot.value if one_shot is not None else None,
+        agreement=sparse.agreement,
+        dense_loss=dense.loss if dense is not None else None,
+        sparse_loss=sparse.loss,
+    )
+
+
+def model_record(opened: Opened) -> ModelRecord:
+    """Where the dense model came from, without paths of this machine."""
+    source = opened.source
+    name = source.id.partition("@")[0]
+    return ModelRecord(
+        id=Path(name).name if Path(name).exists() else name,
+        revision=source.revision,
+        sha256=dict(source.files),
+        task=opened.loaded.task,
+        architecture=type(opened.loaded.model).__name__,
+        is_hub=source.revision is not None,
+    )
+
+
+def public_recipe(recipe: Recipe) -> dict[str, Any]:
+    """The recipe as reports show it: paths by their last name."""
+    shown = recipe.as_dict()
+    for section, key in (
+        ("model", "id"),
+        ("model", "config"),
+        ("data", "source"),
+        ("data", "evaluation"),
+    ):
+        value = shown[section][key]
+        if value is not None and os.path.isabs(value):
+            shown[section][key] = Path(value).name
+    return shown
+
+
+def environment_record(device: torch.device, precision: str) -> EnvironmentRecord:
+    """Versions and device; no host name, no path."""
+    on_cuda = device.type == "cuda"
+    return EnvironmentRecord(
+        versions=installed_versions(),
+        device=device.type,
+        threads=torch.get_num_threads(),
+        device_name=torch.cuda.get_device_name(device) if on_cuda else None,
+        precision="fp32" if precision == "no" else precision,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def data_record(opened: Opened) -> DataRecord:
+    """What the run learned from."""
+    source = opened.recipe.data.source
+    return DataRecord(
+        description=opened.data.description,
+        source=Path(source).name if source is not None and Path(source).exists() else source,
+        num_train=len(opened.data.train),
+        num_evaluation=len(opened.data.evaluation),
+        notes=opened.data.notes,
+    )
