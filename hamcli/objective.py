@@ -114,7 +114,8 @@ def make_objective(
         else "only encoders without a head have one",
     }
     if not has_teacher:
-        reasons["logits"] = reasons["logits"] or "its head is new, so the teacher's says nothing"
+        new = "the head is new, so there is no dense model to learn from"
+        reasons |= dict.fromkeys(("logits", "hidden", "embedding"), new)
     asked = {name: weight for name, weight in weights.items() if weight > 0}
     kept = {name: weight for name, weight in asked.items() if not reasons[name]}
     notes = tuple(

@@ -5,7 +5,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,6 @@ from hamcli.training import Hooks, make_accelerator, train, warm_up_and_decay
 
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
-FLOAT_DTYPES = {"float32", "bfloat16", "float16"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,6 @@ class Opened:
     loaded: LoadedModel
     data: Data
     targets: Targets
-    model_text: str
 
 
 def sparsify(
@@ -188,7 +186,7 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
         raise RecipeError(
             error.code, error.what, place, f"{error.where}: {error.why}", error.right, error.hints
         ) from None
-    return Opened(_resolved(recipe, source, task, targets), source, loaded, data, targets, task)
+    return Opened(_resolved(recipe, source, task, targets), source, loaded, data, targets)
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
@@ -217,7 +215,9 @@ def run_sparsify(
     """The main road, from a checked recipe to a finished folder."""
     progress = progress or Silent()
     recipe = read.recipe
-    folder = Path(out) if out is not None else out_folder(recipe.model.id or "", recipe.sparsity.target)
+    folder = (
+        Path(out) if out is not None else out_folder(recipe.model.id or "", recipe.sparsity.target)
+    )
     with (
         stop_on_signals() as stop,
         RunState(folder, inputs=_inputs(recipe), overwrite=overwrite, resume=resume) as run,
@@ -236,6 +236,23 @@ def run_sparsify(
 def _inputs(recipe: Recipe) -> list[Path]:
     named = (recipe.model.id, recipe.model.config, recipe.data.source, recipe.data.evaluation)
     return [Path(name) for name in named if name is not None and Path(name).exists()]
+
+
+def objective_of(opened: Opened) -> Objective:
+    """What the run minimises."""
+    section = opened.recipe.objective
+    return make_objective(
+        opened.loaded.task,
+        weights={
+            "task": section.task,
+            "logits": section.distill.logits,
+            "hidden": section.distill.hidden,
+            "embedding": section.distill.embedding,
+        },
+        temperature=section.distill.temperature,
+        has_labels=opened.data.has_labels,
+        has_teacher=not opened.loaded.new_head,
+    )
 
 
 def run_identity(opened: Opened) -> RunIdentity:
@@ -282,7 +299,9 @@ class _Worker:
 
     def work(self) -> Report:
         """Train, prune, write, reopen, measure, report."""
-        objective = self._objective()
+        objective = objective_of(self.opened)
+        for note in objective.notes:
+            self.progress.note(note)
         self.model.to(self.device)
         dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
         teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
@@ -294,29 +313,16 @@ class _Worker:
         seconds = self._train(objective, optimizer, sparsifier, teacher)
         threshold = self._threshold(dense_weights, sparsifier)
         return self._write(
-            objective, optimizer, sparsifier, teacher, dense, one_shot, dense_weights, seconds, threshold
+            objective,
+            optimizer,
+            sparsifier,
+            teacher,
+            dense,
+            one_shot,
+            dense_weights,
+            seconds,
+            threshold,
         )
-
-    def _objective(self) -> Objective:
-        section = self.recipe.objective
-        objective = make_objective(
-            self.opened.loaded.task,
-            weights={
-                "task": section.task,
-                "logits": section.distill.logits,
-                "hidden": section.distill.hidden,
-                "embedding": section.distill.embedding,
-            },
-            temperature=section.distill.temperature,
-            has_labels=self.data.has_labels,
-            has_teacher=not self.opened.loaded.new_head,
-        )
-        if self.opened.loaded.new_head:
-            kept = {name: weight for name, weight in objective.weights.items() if name == "task"}
-            objective = replace(objective, weights=kept or objective.weights)
-        for note in objective.notes:
-            self.progress.note(note)
-        return objective
 
     def _batches(self) -> Any:
         section = self.recipe.evaluation

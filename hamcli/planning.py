@@ -1,0 +1,103 @@
+"""`ham plan`: what a run would do and need, without doing it."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from hamcli.data import batch
+from hamcli.objective import make_teacher
+from hamcli.pipeline import Opened, objective_of, open_run
+from hamcli.progress import Progress
+from hamcli.recipe import ReadRecipe
+from hamcli.sparsity.masks import make_rules
+
+TRIED_STEPS = 2
+WEIGHT_COPIES = 5  # weights, gradients, two moments, teacher
+CHECKPOINT_COPIES = 3  # weights, two moments
+KEPT = 3  # two kept and one being written
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run would do.
+
+    Attributes:
+        model: As named.
+        task: What it does.
+        data: In words.
+        targets: Name and number of weights of each tensor that may become zero.
+        prunable: Weights of all targets.
+        zeros: Zeros at the end.
+        parameters: Of the whole model.
+        overall_sparsity: `zeros / parameters`.
+        excluded: Globs that stay dense.
+        steps: Optimizer steps.
+        memory_bytes: Weights, gradients, optimizer state and teacher; activations come on top.
+        disk_bytes: Run checkpoints and result.
+        seconds: Estimated training time here, from a few tried steps.
+    """
+
+    model: str
+    task: str
+    data: str
+    targets: tuple[tuple[str, int], ...]
+    prunable: int
+    zeros: int
+    parameters: int
+    overall_sparsity: float
+    excluded: tuple[str, ...]
+    steps: int
+    memory_bytes: int
+    disk_bytes: int
+    seconds: float
+
+
+def plan(read: ReadRecipe, progress: Progress) -> Plan:
+    """Work out a run; nothing is written."""
+    opened = open_run(read, progress, hashed=False)
+    recipe, targets, model = opened.recipe, opened.targets, opened.loaded.model
+    section = recipe.sparsity
+    rules = make_rules(
+        targets,
+        target=section.target,
+        allocation=section.allocation,
+        pattern=section.pattern,
+        min_sparsity=section.min_sparsity,
+        max_sparsity=section.max_sparsity,
+    )
+    parameters = sum(param.numel() for param in model.parameters())
+    progress.stage("trying two steps")
+    seconds = _step_seconds(opened) * recipe.training.steps * recipe.training.accumulation
+    return Plan(
+        model=recipe.model.id or "",
+        task=opened.loaded.task,
+        data=opened.data.description,
+        targets=tuple((target.name, target.param.numel()) for target in targets),
+        prunable=targets.total,
+        zeros=rules.num_zeros,
+        parameters=parameters,
+        overall_sparsity=rules.num_zeros / parameters,
+        excluded=tuple(targets.exclude),
+        steps=recipe.training.steps,
+        memory_bytes=WEIGHT_COPIES * 4 * parameters,
+        disk_bytes=(KEPT * CHECKPOINT_COPIES + 1) * 4 * parameters,
+        seconds=seconds,
+    )
+
+
+def _step_seconds(opened: Opened) -> float:
+    recipe, model = opened.recipe, opened.loaded.model
+    objective = objective_of(opened)
+    teacher = make_teacher(model)
+    model.train()
+    began = time.monotonic()
+    for step in range(TRIED_STEPS):
+        if step == 1:  # the first one warms up
+            began = time.monotonic()
+        values = batch(
+            opened.data, step, batch_size=recipe.training.batch_size, seed=recipe.training.seed
+        )
+        torch.manual_seed(0)
+        objective(model, values, teacher).backward()  # type: ignore[no-untyped-call]  # torch's
+    return time.monotonic() - began

@@ -1,0 +1,165 @@
+"""`ham prune`: exact pruning without training, and `ham eval`: quality of a checkpoint."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from hamcli import __version__, outcome
+from hamcli.data import Data, evaluation_batches
+from hamcli.errors import UsageError
+from hamcli.evaluation import Quality, drop, measure
+from hamcli.objective import make_teacher
+from hamcli.pipeline import (
+    Opened,
+    data_record,
+    environment_record,
+    finish_folder,
+    model_record,
+    open_run,
+    public_recipe,
+    quality_record,
+    reload,
+    run_identity,
+    write_folder,
+)
+from hamcli.progress import Progress
+from hamcli.recipe import ReadRecipe
+from hamcli.report.records import Report
+from hamcli.runstate import RunState
+from hamcli.sparsity.masks import apply_masks_, nonzero_masks, num_dropped, prune_masks
+
+
+def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -> Report:
+    """Zero the smallest weights exactly, write, recount and measure; nothing is trained."""
+    recipe = read.recipe
+    device = torch.device("cpu")
+    inputs = [
+        Path(name) for name in (recipe.model.id, recipe.data.source) if name and Path(name).exists()
+    ]
+    with RunState(out, inputs=inputs, overwrite=overwrite) as run:
+        opened = open_run(read, progress)
+        run.begin(run_identity(opened))
+        model, targets, section = opened.loaded.model, opened.targets, recipe.sparsity
+        before = [param.detach().clone() for param in targets.params]
+        natural = num_dropped(nonzero_masks(targets))
+        teacher = make_teacher(model)
+        progress.stage("pruning")
+        masks = prune_masks(
+            targets,
+            section.target,
+            allocation=section.allocation,
+            pattern=section.pattern,
+            min_sparsity=section.min_sparsity,
+            max_sparsity=section.max_sparsity,
+        )
+        dropped = [
+            w.abs()[~m].max() for w, m in zip(before, masks, strict=True) if not bool(m.all())
+        ]
+        apply_masks_(targets, masks)
+        progress.stage("writing and recounting")
+        written = write_folder(opened, model, run)
+        tensors = outcome.counted_tensors(written.stage, targets.names, written.names)
+        sparsity = outcome.sparsity_record(
+            tensors,
+            section.target,
+            num_parameters=sum(param.numel() for param in model.parameters()),
+            threshold=float(torch.stack(dropped).max()) if dropped else None,
+            natural_zeros=natural,
+            method="one-shot",
+            allocation=section.allocation,
+            pattern=section.pattern,
+        )
+        progress.stage("measuring dense and pruned")
+        dense = _measure(opened, teacher, teacher, device)
+        sparse = _measure(opened, reload(opened, written.stage, device), teacher, device)
+        quality = quality_record(dense, sparse, None, opened.data)
+        report = Report(
+            ham_version=__version__,
+            model=model_record(opened),
+            recipe=public_recipe(opened.recipe),
+            environment=environment_record(device, "no"),
+            sparsity=sparsity,
+            tensors=tensors,
+            files=outcome.file_records(written.stage, written.files),
+            size=outcome.size_record(written.stage, opened.source.weights),
+            quality=quality,
+            gate=outcome.gate_record(
+                recipe.gate.max_drop, recipe.gate.min_sparsity, quality.drop, sparsity.achieved
+            ),
+            command="prune",
+            data=data_record(opened),
+            histogram=outcome.histogram(before, targets.params),
+            warnings=opened.data.notes,
+        )
+        finish_folder(report, written.stage, run, progress)
+        run.finish()
+    return report
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """Quality of a checkpoint, and of the dense one beside it."""
+
+    metric: str
+    value: float
+    dense: float | None
+    drop: float | None
+    loss: float | None
+    agreement: float | None
+    num_examples: int
+    data: str
+
+
+def evaluate(read: ReadRecipe, *, against: str | None, progress: Progress) -> Evaluation:
+    """Measure a model on held-out data, and its loss of quality against a dense one."""
+    opened = open_run(read, progress, hashed=False)
+    device = torch.device("cpu")
+    teacher = None
+    if against is not None:
+        other = read.recipe.model_copy(
+            update={"model": read.recipe.model.model_copy(update={"id": against})}
+        )
+        teacher = open_run(ReadRecipe(other, read.places), progress, hashed=False).loaded.model
+    if teacher is None and opened.loaded.task == "feature-extraction":
+        raise UsageError(
+            "E104",
+            "nothing to compare with",
+            "--against",
+            "an encoder without a head has no score of its own",
+            "--against DENSE",
+        )
+    progress.stage("measuring")
+    sparse = _measure(opened, opened.loaded.model, teacher, device)
+    dense = _measure(opened, teacher, teacher, device) if teacher is not None else None
+    return _evaluation(sparse, dense, opened.data)
+
+
+def _evaluation(sparse: Quality, dense: Quality | None, data: Data) -> Evaluation:
+    return Evaluation(
+        sparse.metric,
+        sparse.value,
+        dense.value if dense is not None else None,
+        drop(dense, sparse) if dense is not None else None,
+        sparse.loss,
+        sparse.agreement,
+        sparse.num_examples,
+        data.evaluation_description,
+    )
+
+
+def _measure(
+    opened: Opened, model: torch.nn.Module, teacher: torch.nn.Module | None, device: torch.device
+) -> Quality:
+    section = opened.recipe.evaluation
+    batches = evaluation_batches(
+        opened.data, batch_size=section.batch_size, examples=section.examples
+    )
+    return measure(
+        model,
+        batches,
+        task=opened.loaded.task,
+        has_labels=opened.data.has_labels,
+        teacher=teacher,
+        device=device,
+    )
