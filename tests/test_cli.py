@@ -1,0 +1,165 @@
+"""The command line as a user meets it, in processes of its own."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.oracles.safetensors_reader import read_file
+
+RESNET = Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny"
+ENVIRONMENT = {**os.environ, "COLUMNS": "200", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+QUICK = ["--steps", "6", "--set", "training.batch_size=8", "--set", "evaluation.examples=32"]
+
+
+def ham(*words, cwd, code=0, **more):
+    done = subprocess.run(
+        [sys.executable, "-m", "hamcli", *map(str, words)],
+        cwd=cwd,
+        env={**ENVIRONMENT, **more},
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        timeout=240,
+    )
+    assert done.returncode == code, done.stderr
+    return done
+
+
+def assert_clean_error(done, pattern):
+    first = done.stderr.strip().splitlines()[0]
+    assert first.startswith("ham: error[HAM-E")
+    assert pattern in first
+    assert len(first) <= 300
+    assert "Traceback" not in done.stderr
+    assert "\x1b" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def sparse(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("sparse")
+    done = ham("sparsify", RESNET, "--target", "0.9", "--out", "out", "--json", *QUICK, cwd=folder)
+    return folder / "out", json.loads(done.stdout)
+
+
+def test_sparsify_leaves_a_whole_folder_and_exact_zeros(sparse):
+    folder, report = sparse
+    names = {path.name for path in folder.iterdir()}
+    assert names >= {"model.safetensors", "report.json", "report.html", "README.md", "recipe.yaml"}
+    assert json.loads((folder / "report.json").read_text()) == report
+    assert not Path(f"{folder}.run").exists()
+    zeros = 0
+    tensors = read_file(folder / "model.safetensors")
+    for tensor in report["tensors"]:
+        zeros += int((tensors[tensor["name"]] == 0).sum())
+    assert zeros == report["sparsity"]["zeros"] == round(0.9 * report["sparsity"]["total"])
+    assert report["sparsity"]["total"] == 173840
+
+
+def test_the_result_loads_with_stock_transformers(sparse):
+    from transformers import AutoModelForImageClassification
+
+    model = AutoModelForImageClassification.from_pretrained(sparse[0])
+    count = sum(int((param == 0).sum()) for param in model.parameters() if param.dim() >= 2)
+    assert count >= sparse[1]["sparsity"]["zeros"]
+
+
+def test_the_report_tells_what_the_mirror_step_did(sparse):
+    training = sparse[1]["training"]
+    assert training["steps"] == 6
+    assert training["ham"]["exponent_mean"] > 0
+    assert training["ham_moved_fraction"] > 0.5
+    assert sparse[1]["speed"] is None
+    assert sparse[1]["speed_reason"]
+
+
+def test_the_effective_recipe_gives_the_same_bytes(sparse, tmp_path):
+    ham("sparsify", "--recipe", sparse[0] / "recipe.yaml", "--out", "again", cwd=tmp_path)
+    again = (tmp_path / "again" / "model.safetensors").read_bytes()
+    assert again == (sparse[0] / "model.safetensors").read_bytes()
+
+
+def test_check_passes_and_fails(sparse, tmp_path):
+    ham("check", sparse[0], "--min-sparsity", "0.9", cwd=tmp_path)
+    done = ham("check", sparse[0], "--min-sparsity", "0.91", cwd=tmp_path, code=3)
+    assert_clean_error(done, "below 0.91")
+
+
+def test_an_unmet_gate_exits_3_with_everything_written(tmp_path):
+    words = ["sparsify", RESNET, "--target", "0.98", "--max-drop", "0.0", "--out", "out", *QUICK]
+    done = ham(*words, cwd=tmp_path, code=3)
+    assert_clean_error(done, "max_drop")
+    assert (tmp_path / "out" / "report.json").exists()
+
+
+def test_prune_is_exact_and_trains_nothing(tmp_path):
+    words = ["prune", RESNET, "--target", "0.5", "--out", "out", "--json"]
+    report = json.loads(ham(*words, "--set", "evaluation.examples=32", cwd=tmp_path).stdout)
+    assert report["sparsity"]["zeros"] == 86920
+    assert report["training"] is None
+
+
+def test_inspect_counts_and_eval_measures(sparse, tmp_path):
+    found = json.loads(ham("inspect", sparse[0], "--json", cwd=tmp_path).stdout)
+    assert found["matrix_zeros"] >= sparse[1]["sparsity"]["zeros"]
+    words = ["eval", sparse[0], "--against", RESNET, "--json", "--set", "evaluation.examples=32"]
+    found = json.loads(ham(*words, cwd=tmp_path).stdout)
+    assert found["metric"] == "agreement"
+    assert found["drop"] == pytest.approx(1 - found["value"])
+
+
+def test_plan_writes_nothing(tmp_path):
+    words = ["plan", RESNET, "--target", "0.9", "--json", "--set", "training.batch_size=4"]
+    found = json.loads(ham(*words, cwd=tmp_path).stdout)
+    assert found["zeros"] == 156456
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("words", [["--help"], ["recipe", "list"], ["recipe", "schema"]])
+def test_light_commands_import_no_torch(words, tmp_path):
+    code = (
+        "import sys\nfrom hamcli.cli import main\n"
+        f"try:\n    main({words!r})\nexcept SystemExit as stop:\n    assert not stop.code\n"
+        "assert not {'torch', 'transformers', 'datasets', 'accelerate'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=tmp_path)
+
+
+def test_check_and_completion_import_no_torch(sparse, tmp_path):
+    code = (
+        "import sys\nfrom hamcli.cli import main\n"
+        f"try:\n    main(['check', {str(sparse[0])!r}])\nexcept SystemExit as stop:\n"
+        "    assert not stop.code\nassert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=tmp_path)
+    more = {"_HAM_COMPLETE": "complete_bash", "COMP_WORDS": "ham sp", "COMP_CWORD": "1"}
+    assert "sparsify" in ham(cwd=tmp_path, **more).stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "pattern"),
+    [
+        (["sparsify"], 2, "E103"),
+        (["sparsify", "x", "--nonsense"], 2, "E101"),
+        (["sparsify", "x", "--set", "no"], 2, "E102"),
+        (["sparsify", RESNET, "--target", "90"], 2, "did you mean 0.9?"),
+        (["sparsify", RESNET, "--recipe", "quik"], 2, 'did you mean "quick"?'),
+        (["sparsify", "./absent", "--target", "0.9"], 4, "absent"),
+        (["sparsify", RESNET, "--data", "absent.txt"], 4, "no such data"),
+        (["sparsify", RESNET, "--resume"], 8, "nothing to go on from"),
+        (["sparsify", RESNET, "--set", "targets.include=[nothing.*]"], 2, "targets.include"),
+        (["sparsify", RESNET, "--out", RESNET], 2, "E11"),
+        (["sparsify", RESNET, "--out", "/proc/none/out"], 5, "E50"),
+        (["sparsify", RESNET, "--set", "optimizer.lr=1e30", *QUICK], 7, "E701"),
+        (["check", "absent"], 4, "E401"),
+        (["recipe", "validate", "absent.yaml"], 2, "E201"),
+    ],
+)
+def test_bad_input_is_one_clear_line_with_its_code(words, code, pattern, tmp_path):
+    done = ham(*words, cwd=tmp_path, code=code)
+    assert_clean_error(done, pattern)
+    assert done.stdout == ""
+    assert not any(path.suffix == "" and path.name != "out.run" for path in tmp_path.iterdir())
