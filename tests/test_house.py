@@ -1,0 +1,66 @@
+"""Who may import whom, held by reading the source."""
+
+import ast
+from pathlib import Path
+
+import hamcli
+
+PACKAGE = Path(hamcli.__file__).parent
+LAZY = {"transformers", "datasets", "accelerate", "triton", "matplotlib"}
+TORCHLESS = ("errors.py", "recipe", "progress.py", "cli.py", "console.py", "gate.py", "defaults.py")
+
+
+def modules():
+    for path in sorted(PACKAGE.rglob("*.py")):
+        yield path.relative_to(PACKAGE).as_posix(), ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imported(nodes):
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or ""
+
+
+def test_heavy_libraries_are_imported_inside_functions():
+    for name, tree in modules():
+        found = {one.partition(".")[0] for one in imported(tree.body)}
+        assert not found & LAZY - ({"triton"} if name == "optim/gpu.py" else set()), name
+
+
+def test_nothing_imports_the_command_line_and_only_it_imports_the_console():
+    for name, tree in modules():
+        found = set(imported(ast.walk(tree)))
+        if name != "__main__.py":
+            assert "hamcli.cli" not in found, name
+        if name != "cli.py":
+            assert "hamcli.console" not in found, name
+
+
+def test_the_optimizer_imports_nothing_of_ours():
+    for name, tree in modules():
+        if name.startswith("optim/"):
+            ours = {one for one in imported(ast.walk(tree)) if one.startswith("hamcli")}
+            assert all(one.startswith("hamcli.optim") for one in ours), name
+
+
+def test_light_rooms_import_no_torch_at_the_top():
+    for name, tree in modules():
+        if name.startswith(TORCHLESS):
+            assert "torch" not in {one.partition(".")[0] for one in imported(tree.body)}, name
+
+
+def test_no_pickle_no_eval_no_click():
+    for name, tree in modules():
+        found = {one.partition(".")[0] for one in imported(ast.walk(tree))}
+        assert not found & {"pickle", "click", "marshal", "shelve"}, name
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in {"eval", "exec", "input", "torch.load", "torch.save"}, name
+
+
+def test_exported_names_are_there():
+    for name in hamcli.__all__:
+        assert getattr(hamcli, name) is not None
