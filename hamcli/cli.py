@@ -1,4 +1,4 @@
-"""Typer commands: read words, call one function, show, exit. Nothing heavy is imported at the top."""
+"""Typer commands: read words, call one function, show, exit; nothing heavy at the top."""
 
 import os
 import shlex

@@ -1,4 +1,4 @@
-"""The training loop: batches, loss, clipping, steps. Which optimizer and which method it does not know.
+"""The training loop: batches, loss, clipping, steps; any optimizer, any method.
 
 Everything that varies with time is a pure function of the step (batch, learning rate, random
 seed), so a run that is stopped after any step and goes on from its weights and states is the same
@@ -173,7 +173,7 @@ def _accumulate(
 
 
 def step_seed(seed: int, micro_step: int) -> int:
-    """A seed of its own for each micro-step; distinct for all runs shorter than 2^31 micro-steps."""
+    """A seed of its own for each of the first 2^31 micro-steps."""
     return (seed << 31) + micro_step
 
 

@@ -30,8 +30,9 @@ def ham(*words, cwd, code=0, **more):
 
 
 def assert_clean_error(done, pattern):
-    first = done.stderr.strip().splitlines()[0]
-    assert first.startswith("ham: error[HAM-E")
+    errors = [line for line in done.stderr.splitlines() if line.startswith("ham: error[HAM-E")]
+    assert len(errors) == 1
+    first = errors[0]
     assert pattern in first
     assert len(first) <= 300
     assert "Traceback" not in done.stderr
@@ -162,4 +163,5 @@ def test_bad_input_is_one_clear_line_with_its_code(words, code, pattern, tmp_pat
     done = ham(*words, cwd=tmp_path, code=code)
     assert_clean_error(done, pattern)
     assert done.stdout == ""
+    assert not (tmp_path / "out").exists()
     assert not any(path.suffix == "" and path.name != "out.run" for path in tmp_path.iterdir())

@@ -6,6 +6,7 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +81,10 @@ def image_form(
         form = ImageForm(channels, height, width, (0.0,) * channels, (1.0,) * channels)
         mean, std = _measure(images, form)
         shown = ", ".join(f"{value:.4f}" for value in (*mean, *std))
-        note = f"the model has no image processor: pixels are normalised by this data's own mean and std ({shown})"
+        note = (
+            "the model has no image processor: pixels are normalised by this data's own "
+            f"mean and std ({shown})"
+        )
     if len(mean) != channels or len(std) != channels:
         raise InputRefused(
             "E458",
@@ -117,11 +121,12 @@ def _open(image: Any, where: str) -> Any:
 
     if isinstance(image, np.ndarray):
         return Image.fromarray(image.squeeze() if image.shape[-1] == 1 else image)
-    raw = image.get("bytes") if isinstance(image, dict) else image
-    if isinstance(image, dict) and raw is None:
-        raw = image.get("path")
+    raw = image
+    if isinstance(image, dict):
+        raw = image.get("bytes") or image.get("path")
     try:
-        return Image.open(io.BytesIO(raw) if isinstance(raw, bytes) else raw)
+        content = raw if isinstance(raw, bytes) else Path(str(raw)).read_bytes()
+        return Image.open(io.BytesIO(content))
     except (UnidentifiedImageError, OSError, AttributeError, ValueError, TypeError) as error:
         raise InputRefused("E457", "not an image", where, str(error)) from None
 
@@ -190,4 +195,5 @@ def _dead_leaves(draw: random.Random, edge: int, channels: int) -> Pixels:
         shade = 1 + depth * ((rows - y) * math.sin(angle) + (cols - x) * math.cos(angle)) / radius
         colour = np.array([draw.random() for _ in range(channels)])
         image[inside] = (colour * shade[..., None])[inside]
-    return (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    made: Pixels = (np.clip(image, 0, 1) * 255).astype(np.uint8)
+    return made

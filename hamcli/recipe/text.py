@@ -104,9 +104,8 @@ def _decoded(text: str | bytes, name: str) -> str:
 
 
 def _refuse_all_but_data(document: str, name: str) -> None:
-    depth = events = documents = 0
-    for event in yaml.parse(document, Loader=RecipeLoader):
-        events += 1
+    depth = documents = 0
+    for events, event in enumerate(yaml.parse(document, Loader=RecipeLoader), 1):
         where = _place(name, event.start_mark)
         if events > MAX_EVENTS:
             raise RecipeError("E202", "recipe is too long", where, f"over {MAX_EVENTS} items")

@@ -1,0 +1,84 @@
+"""A run that is stopped goes on to the bytes of the run that was not."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from hamcli.errors import Preempted
+from hamcli.pipeline import sparsify
+from hamcli.progress import Silent
+
+RESNET = str(Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny")
+SETTINGS = {
+    "training.batch_size": 4,
+    "training.accumulation": 2,
+    "training.checkpoint_every": 4,
+    "evaluation.examples": 16,
+}
+
+
+class StopsAt(Silent):
+    """Sends this process a SIGTERM at one step."""
+
+    def __init__(self, step):
+        self.at = step
+
+    def step(self, record):
+        if record.step == self.at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run(out, **more):
+    words = {"model": RESNET, "target": 0.8, "steps": 10, "settings": SETTINGS}
+    return sparsify(out=out, **{**words, **more})
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("reference") / "out"
+    run(folder)
+    return (folder / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("step", [1, 5, 9])
+def test_going_on_after_any_step_gives_the_same_bytes(reference, tmp_path, step):
+    with pytest.raises(Preempted, match=f"saved step {step}"):
+        run(tmp_path / "out", progress=StopsAt(step))
+    assert not (tmp_path / "out").exists()
+    report = run(tmp_path / "out", resume=True)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == reference
+    assert report.training.curves.step == tuple(range(1, 11))
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_another_seed_gives_other_bytes(reference, tmp_path):
+    run(tmp_path / "out", seed=1)
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() != reference
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
+    words = ["sparsify", RESNET, "--target", "0.9", "--out", "out", "--steps", "100000"]
+    words += ["--set", "training.batch_size=2", "--set", "evaluation.examples=8"]
+    child = subprocess.Popen(
+        [sys.executable, "-m", "hamcli", *words],
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in child.stderr:
+        if "step " in line:
+            break
+    time.sleep(0.2)
+    child.send_signal(number)
+    rest = child.communicate(timeout=120)[1]
+    assert child.returncode == code
+    assert "to go on: ham sparsify" in rest
+    assert "--resume" in rest
+    assert list((tmp_path / "out.run" / "checkpoints").iterdir())
