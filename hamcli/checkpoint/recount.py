@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from hamcli.checkpoint.folder import find_file
 from hamcli.checkpoint.headers import (
     DTYPE_BITS,
     Header,
@@ -73,11 +74,11 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files at `path`: itself, or those directly inside the folder, by name."""
     if not path.is_dir():
         return [path.resolve()]
-    # a file of the hub's cache is a link into its blobs; the reader below follows none
-    files = [file.resolve() for file in sorted(path.glob("*.safetensors"))]
-    if not files:
+    folder = path.resolve()
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
         raise InputRefused("E407", "no safetensors file", path, right="*.safetensors in the folder")
-    return files
+    return [file for name in names if (file := find_file(folder, name)) is not None]
 
 
 def blocks(handle: int, header: Header, tensor: TensorInfo) -> Iterator[memoryview]:

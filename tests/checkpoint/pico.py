@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 64,
 }
-SPECIAL = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+SPECIAL: dict[str, Any] = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 EVIL = "import pathlib; pathlib.Path({canary!r}).write_text('ran')\n"
 
 
@@ -47,7 +47,7 @@ def mixtral() -> Any:
 def vit() -> Any:
     import transformers
 
-    sizes = {**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}
+    sizes: dict[str, Any] = {**SMALL, "image_size": 16, "patch_size": 4, "num_labels": 3}
     sizes.pop("vocab_size")
     return seeded(transformers.ViTForImageClassification, transformers.ViTConfig(**sizes))
 

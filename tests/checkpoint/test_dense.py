@@ -197,7 +197,9 @@ def test_tokenizer_files_are_those_of_the_source(tmp_path: Path) -> None:
     write_model(model, source, tmp_path / "out")
     for name in ("tokenizer.json", "tokenizer_config.json"):
         assert (tmp_path / "out" / name).read_bytes() == (ALBERT / name).read_bytes()
-    assert len(load_model(find_model(str(tmp_path / "out")), "auto").tokenizer) == 591
+    tokenizer = load_model(find_model(str(tmp_path / "out")), "auto").tokenizer
+    assert tokenizer is not None
+    assert len(tokenizer) == 591
 
 
 def test_export_names_no_code_and_no_place(tmp_path: Path) -> None:

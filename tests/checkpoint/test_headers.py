@@ -4,7 +4,9 @@ import random
 import resource
 import struct
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -54,7 +56,7 @@ def test_trailing_bytes_are_refused(tmp_path: Path) -> None:
 
 
 F4 = {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}
-LIES = {
+LIES: dict[str, dict[str, Any]] = {
     "overlap": {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 0, 4)},
     "hole": {"a": entry("F32", [1], 0, 4), "b": entry("F32", [1], 5, 9)},
     "late start": {"a": entry("F32", [1], 4, 8)},
@@ -119,9 +121,11 @@ def bomb_of_commas(path: Path) -> None:
 
 
 @pytest.mark.parametrize("bomb", [bomb_of_entries, bomb_of_length, bomb_of_commas])
-def test_bombs_are_refused_before_they_are_parsed(tmp_path: Path, bomb: object) -> None:
+def test_bombs_are_refused_before_they_are_parsed(
+    tmp_path: Path, bomb: Callable[[Path], None]
+) -> None:
     path = tmp_path / "m.safetensors"
-    bomb(path)  # type: ignore[operator]
+    bomb(path)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started = time.perf_counter()
     refusal("E414", "", read_header, path)

@@ -91,3 +91,10 @@ def test_packed_dtypes_are_shown_without_counts(tmp_path: Path) -> None:
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:
     refusal("E401", "no such checkpoint", inspect, tmp_path / "nowhere")
+
+
+def test_link_out_of_the_folder_is_refused(tmp_path: Path) -> None:
+    save_file({"w": torch.ones(2)}, tmp_path / "elsewhere.safetensors")
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "model.safetensors").symlink_to("../elsewhere.safetensors")
+    refusal("E410", "link", inspect, tmp_path / "m")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from hamcli.checkpoint.loading import has_head, load_model, read_tensor
+from hamcli.checkpoint.loading import has_head, load_model, quiet_transformers, read_tensor
 from hamcli.checkpoint.source import Source, find_model
 from tests.checkpoint.pico import (
     EVIL,
@@ -150,6 +150,9 @@ def test_bars_verbosity_and_network_are_as_before(folder: Path) -> None:
         return logging.get_verbosity(), bars, constants.HF_HUB_OFFLINE
 
     before = state()
+    with quiet_transformers():
+        # whatever a config names, a local model asks no server
+        assert state()[1:] == (False, True)
     load(folder)
     assert state() == before
 
