@@ -50,6 +50,14 @@ from hamcli.training import Hooks, make_accelerator, train, warm_up_and_decay
 
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
+RUN_PARTS = (
+    "model",
+    "optimizer",
+    "sparsifier",
+    "values.groups",
+    "values.records",
+    "values.seconds",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -503,7 +511,7 @@ class _Worker:
     def _resume(self, optimizer: HAM, sparsifier: Sparsifier) -> int:
         if not self.run.resume:
             return 0
-        found, notes = self.run.newest_valid(("model", "optimizer", "sparsifier"))
+        found, notes = self.run.newest_valid(RUN_PARTS)
         assert found is not None
         for note in notes:
             self.warnings.append(note)

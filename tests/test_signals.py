@@ -1,0 +1,168 @@
+import os
+import pty
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from hamcli.signals import stop_on_signals
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
+def test_a_preempting_signal_sets_the_flag_and_means_75(name):
+    with stop_on_signals() as stop:
+        assert stop.requested is None
+        os.kill(os.getpid(), getattr(signal, name))
+        assert stop.requested == name
+        assert stop.exit_code == 75
+
+
+def test_ctrl_c_sets_the_flag_and_means_130():
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGINT"
+        assert stop.exit_code == 130
+
+
+def test_the_first_signal_decides():
+    with stop_on_signals() as stop:
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested == "SIGTERM"
+        assert stop.exit_code == 75
+
+
+def handlers():
+    return {
+        name: signal.getsignal(getattr(signal, name))
+        for name in ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP", "SIGINT")
+    }
+
+
+def test_handlers_are_as_before_after_the_block_and_after_an_exception():
+    before = handlers()
+    with stop_on_signals():
+        assert handlers() != before
+    assert handlers() == before
+    with pytest.raises(KeyError), stop_on_signals():
+        raise KeyError
+    assert handlers() == before
+
+
+def test_blocks_nest():
+    with stop_on_signals() as outer:
+        with stop_on_signals() as inner:
+            os.kill(os.getpid(), signal.SIGTERM)
+        assert inner.requested == "SIGTERM"
+        assert outer.requested is None
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert outer.requested == "SIGUSR1"
+
+
+def test_outside_the_main_thread_it_does_nothing():
+    found = []
+
+    def work():
+        with stop_on_signals() as stop:
+            found.append(stop.requested)
+
+    before = handlers()
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert found == [None]
+    assert handlers() == before
+
+
+def test_an_ignored_hangup_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_on_signals() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.requested is None
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+LOOP = """
+import sys, time
+from hamcli.signals import stop_on_signals
+with stop_on_signals(lambda: print("restored", flush=True)) as stop:
+    print("ready", flush=True)
+    while stop.requested is None:
+        time.sleep(0.01)
+    print(stop.requested, flush=True)
+    if len(sys.argv) > 1:
+        time.sleep(float(sys.argv[1]))  # a save that takes long
+sys.exit(stop.exit_code)
+"""
+
+
+def start(*arguments, **options):
+    process = subprocess.Popen(
+        [sys.executable, "-c", LOOP, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        **({"stderr": subprocess.PIPE} | options),
+    )
+    assert process.stdout.readline() == "ready\n"
+    return process
+
+
+def test_one_interrupt_lets_the_save_finish():
+    process = start("0.2")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert (process.returncode, out, err) == (130, "SIGINT\n", "")
+
+
+def test_a_second_interrupt_ends_at_once_with_130_and_the_terminal_restored():
+    process = start("30")
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline() == "SIGINT\n"
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=5)
+    assert time.monotonic() - began < 1
+    assert process.returncode == 130
+    assert out == "restored\n"
+    assert err.startswith("\nham: error[HAM-E902]: interrupted twice") or "HAM-E902" in err
+    assert "\x1b" not in err
+    assert "Traceback" not in err
+
+
+def test_five_interrupts_at_once_end_with_130():
+    process = start("30")
+    for _ in range(5):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.01)
+    process.communicate(timeout=5)
+    assert process.returncode == 130
+
+
+def test_on_a_terminal_the_cursor_is_shown_again():
+    master, slave = pty.openpty()
+    process = start("30", stderr=slave)
+    os.close(slave)
+    process.send_signal(signal.SIGINT)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    process.wait(5)
+    assert b"\x1b[?25h" in os.read(master, 4096)
+    os.close(master)
+    process.stdout.close()
+
+
+def test_a_closed_stderr_does_not_keep_the_process_alive():
+    process = start("30")
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(5) == 130
+    process.stdout.close()
