@@ -71,6 +71,21 @@ def test_natural_zeros_count_among_the_zeros(allocation: str) -> None:
         assert not (mask & ~nonzero).any()
 
 
+@pytest.mark.parametrize("allocation", ["global", "uniform", "erk"])
+def test_natural_zeros_beyond_a_tensors_share_leave_fewer_for_the_others(allocation: str) -> None:
+    targets = targets_of(torch.zeros(10, 10), torch.rand(10, 10) + 0.1)
+    apply_masks_(targets, prune_masks(targets, 0.6, allocation=allocation))
+    assert [int((param == 0).sum()) for param in targets.params] == [100, 20]
+
+
+def test_what_is_masked_goes_before_weights_that_became_zero_by_themselves() -> None:
+    targets = targets_of(torch.tensor([[0.0, 0.0, 3.0, 4.0, 5.0, 0.0]]))
+    rules = make_rules(targets, target=0.5)
+    held = [torch.tensor([[True, True, True, True, True, False]])]
+    (mask,) = choose_masks(targets, rules, 2, masks=held)
+    assert mask.tolist() == [[False, True, True, True, True, False]]
+
+
 @pytest.mark.parametrize("bounds", [{}, {"max_sparsity": 0.6}, {"min_sparsity": 0.5}])
 @pytest.mark.parametrize("allocation", ["global", "uniform", "erk"])
 def test_a_model_sparser_than_the_target_keeps_its_zeros(

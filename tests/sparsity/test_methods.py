@@ -204,6 +204,15 @@ def test_a_resumed_run_makes_the_same_masks(stop: int, natural: float, pattern: 
         assert torch.equal(one, other)
 
 
+def test_the_final_count_survives_a_restore_onto_other_weights() -> None:
+    words = {"target": 0.5, "steps": STEPS, "pattern": "2:4"}
+    first = make_sparsifier("gradual", make_targets(natural=0.6), **words)
+    second = make_sparsifier("gradual", make_targets(), **words)
+    assert second.num_zeros != first.num_zeros
+    second.load_state(first.state())
+    assert second.num_zeros == first.num_zeros
+
+
 def test_a_broken_restore_is_noticed() -> None:
     targets = make_targets(0.4)
     first = make_sparsifier("gradual", targets, target=0.9, steps=STEPS)

@@ -135,6 +135,14 @@ def test_inputs_of_fused_experts_lie_where_the_model_sums(family: str, axis: int
     assert inputs == {"gate_up_proj": 16, "down_proj": 24}
 
 
+@pytest.mark.parametrize(("is_transposed", "axis"), [(True, 1), (False, 2)])
+def test_marked_experts_lie_as_they_say(is_transposed: bool, axis: int) -> None:
+    experts = nn.Module()
+    experts.weight = nn.Parameter(torch.ones(2, 8, 8))
+    experts.is_transposed = is_transposed
+    assert axes(nn.ModuleDict({"experts": experts})) == {"experts.weight": axis}
+
+
 def test_unmarked_experts_tell_their_axis_by_their_shapes() -> None:
     class Experts(nn.Module):
         def __init__(self, first: tuple[int, ...], second: tuple[int, ...]) -> None:
