@@ -2,9 +2,10 @@
 
 from hamcli.runstate.checkpoints import Checkpoint
 from hamcli.runstate.disk import check_space, disk_errors
+from hamcli.runstate.finished import Finished, finished, remove_leftovers
 from hamcli.runstate.folders import check_out, run_folder
 from hamcli.runstate.identity import RunIdentity, installed_versions
-from hamcli.runstate.run import Finished, RunState, finished, remove_leftovers
+from hamcli.runstate.run import RunState
 
 __all__ = [
     "Checkpoint",

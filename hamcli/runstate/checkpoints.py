@@ -11,6 +11,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,7 +103,7 @@ class Checkpoints:
         self._new_stage = new_stage
         self._check_holder = check_holder
         self._sound: set[int] = set()  # read and hashed by this process
-        self._damaged: set[int] = set()
+        self._stale: set[int] = set()  # later than the one gone on from: damaged, or passed over
 
     def steps(self) -> list[int]:
         """Steps that have a checkpoint, sound or not, ascending."""
@@ -144,10 +145,11 @@ class Checkpoints:
             except FileNotFoundError as error:
                 raise self._swept(stage, error) from error
             finally:
-                if stage.exists():
-                    remove_tree(stage)
+                with suppress(OSError):  # swept by the next run; the first failure counts
+                    if stage.exists():
+                        remove_tree(stage)
             self._sound.add(step)
-            self._damaged.discard(step)
+            self._stale.discard(step)
             self._rotate()
         return final
 
@@ -162,7 +164,7 @@ class Checkpoints:
         if not self.folder.exists():
             self.folder.mkdir()
             fsync_path(self.folder.parent)
-        if step in self._damaged:
+        if step in self._stale:
             self._discard(step)
         fsync_path(stage)
         rename_new(stage, self.path(step))
@@ -249,16 +251,12 @@ class Checkpoints:
     def _load(self, step: int, required: Collection[str]) -> Checkpoint:
         folder = self.path(step)
         with disk_errors("cannot read the run checkpoint", folder):
-            try:
-                parts = _verify(folder, step)
-                values = _read_json(folder / VALUES)
-            except _DamagedError:
-                self._damaged.add(step)
-                raise
+            parts, values = _verify(folder, step)
         for part in required:
             if part not in parts:
                 raise _missing(folder, part)
-        self._sound.add(step)
+        self._stale = {later for later in self.steps() if later > step}
+        self._sound = {*self._sound, step} - self._stale
         return Checkpoint(step, folder, parts, values)
 
 
@@ -314,8 +312,8 @@ def _refuse_non_finite(key: str, value: Any) -> None:
         raise Diverged("E702", "non-finite values are not saved", key, f"it is {value}")
 
 
-def _verify(folder: Path, step: int) -> tuple[str, ...]:
-    """Read and hash every file; returns the parts."""
+def _verify(folder: Path, step: int) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Read and hash every file; returns the parts and the values."""
     manifest = _read_json(folder / MANIFEST)
     parts, files = manifest.get("parts"), manifest.get("files")
     if manifest.get("format") != FORMAT or not isinstance(files, dict):
@@ -326,16 +324,16 @@ def _verify(folder: Path, step: int) -> tuple[str, ...]:
         raise _DamagedError(f"{folder / MANIFEST}: it is of step {manifest.get('step')!r}")
     for name, entry in files.items():
         _verify_file(folder, name, entry)
+    values = _read_json(folder / VALUES) if VALUES in files else {}
     present = {name.removesuffix(_SUFFIX) for name in files if name != VALUES}
-    if VALUES in files:
-        present |= {f"values.{key}" for key in _read_json(folder / VALUES)}
+    present |= {f"values.{key}" for key in values}
     if extra := sorted(present.difference(parts)):
         raise _DamagedError(f"{folder / MANIFEST}: it does not name {extra[0]}")
     # A whole manifest that lists fewer files than parts is no accident of a disk.
     for part in parts:
         if part not in present:
             raise _missing(folder, part)
-    return tuple(parts)
+    return tuple(parts), values
 
 
 def _verify_file(folder: Path, name: str, entry: Any) -> None:

@@ -183,7 +183,8 @@ def apply_umask(folder: Path) -> None:
     safetensors makes files of mode 0600, https://github.com/huggingface/safetensors/issues/782
     """
     mask = umask()
-    for parent, _, names in os.walk(folder):
+    for parent, folders, names in os.walk(folder):
+        assert not any(os.path.islink(os.path.join(parent, name)) for name in folders + names)
         folder_bits = os.stat(parent).st_mode & stat.S_ISGID  # inherited; not ours to drop
         os.chmod(parent, 0o777 & ~mask | folder_bits)
         for name in names:

@@ -5,6 +5,7 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,11 +38,10 @@ def check_out(out: Path, *, inputs: Iterable[Path] = (), overwrite: bool = False
             folder, E112 it holds something.
         ResourceError: E502 it may not be written, E505 its parent does not exist.
     """
-    out = _absolute(out)
+    given, out = out, _absolute(out)
     with disk_errors("cannot use the output folder", out):
-        inputs = list(inputs)
         _refuse_odd(out)
-        _refuse_overlap(out, inputs)
+        _refuse_overlap(out, given, list(inputs))
         if not overwrite and out.exists() and any(out.iterdir()):
             raise UsageError(
                 "E112",
@@ -88,18 +88,18 @@ def _refuse_odd(out: Path) -> None:
             raise UsageError("E111", "cannot be an output folder", path, "it is a file", "a folder")
 
 
-def _refuse_overlap(out: Path, inputs: list[Path]) -> None:
+def _refuse_overlap(out: Path, spelled: Path, inputs: list[Path]) -> None:
     """Folders are compared by device and inode, which no spelling, link or mount can hide."""
     ours = {key for path in (out, run_folder(out)) if (key := _key(path))}
-    above_out = set(_keys_above(out))
-    hard_links = {key for path in (out, run_folder(out)) for key in _file_keys(path)}
+    above_out = {*_keys_above(out), *_keys_above(spelled.absolute())}
+    linked = {key for path in (out, run_folder(out)) for key in _linked_files(path)}
     for given in inputs:
-        for path in {given.absolute(), given.resolve(), *_resolved_files(given)}:
+        for path in {given.absolute(), *_link_ends(given)}:
             if _key(path) in ours | above_out:
                 _refuse(out, given, "OUT is the input, or lies in it")
             if ours.intersection(_keys_above(path)):
                 _refuse(out, given, "the input lies in OUT")
-        if hard_links.intersection(_file_keys(given.resolve())):
+        if linked and linked.intersection(_linked_files(_resolved(given))):
             _refuse(out, given, "they share files by hard links")
 
 
@@ -107,6 +107,13 @@ def _refuse(out: Path, given: Path, why: str) -> None:
     raise UsageError(
         "E110", "would write into its own input", out, f"{why}: {given}", "another --out"
     )
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError):  # links that go round; refused where the input is read
+        return path.absolute()
 
 
 def _key(path: Path) -> tuple[int, int] | None:
@@ -119,33 +126,28 @@ def _key(path: Path) -> tuple[int, int] | None:
 
 def _keys_above(path: Path) -> Iterator[tuple[int, int]]:
     """Of the folders that hold `path`, both as spelled and as resolved."""
-    for parent in {*path.parents, *path.resolve().parents}:
+    for parent in {*path.parents, *_resolved(path).parents}:
         if key := _key(parent):
             yield key
 
 
-def _files(path: Path) -> Iterator[Path]:
-    if path.is_dir():
-        for parent, _, names in os.walk(path):
-            yield from (Path(parent, name) for name in names)
-    elif path.exists():
-        yield path
+def _link_ends(path: Path) -> set[Path]:
+    """Where the links directly in a folder lead: the hub's cache keeps the bytes elsewhere."""
+    try:
+        with os.scandir(path) as entries:
+            return {_resolved(Path(entry.path)) for entry in entries if entry.is_symlink()}
+    except OSError:
+        return set()
 
 
-def _file_keys(path: Path) -> Iterator[tuple[int, int]]:
-    """Of the files below `path` that have another name somewhere."""
-    for file in _files(path):
-        try:
+def _linked_files(path: Path) -> Iterator[tuple[int, int]]:
+    """Of the plain files at or below `path` that have another name somewhere."""
+    files = (Path(parent, name) for parent, _, names in os.walk(path) for name in names)
+    for file in files if path.is_dir() else [path]:
+        with suppress(OSError):
             status = file.lstat()
-        except OSError:
-            continue
-        if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
-            yield status.st_dev, status.st_ino
-
-
-def _resolved_files(path: Path) -> set[Path]:
-    """Where the links of a folder lead: the hub's cache keeps the bytes elsewhere."""
-    return {file.resolve() for file in _files(path) if file.is_symlink()}
+            if stat.S_ISREG(status.st_mode) and status.st_nlink > 1:
+                yield status.st_dev, status.st_ino
 
 
 def _refuse_unwritable(out: Path) -> None:

@@ -5,7 +5,8 @@ import json
 import platform
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any, Self
+from pathlib import Path
+from typing import Any
 
 from hamcli.errors import NoRunCheckpoint, shorten
 
@@ -13,6 +14,9 @@ RUN_JSON = "run.json"
 FORMAT = 1
 
 _PACKAGES = ("hamcli", "torch", "transformers", "safetensors", "accelerate", "numpy")
+# Another one of these is another run, or only a warning.
+_HARD = ("recipe", "model", "data", "seed")
+_SOFT = ("versions", "device", "threads", "num_processes")
 _DEVICE_KEYS = {"training.device"}  # a place, not a wish: another one is a warning
 _SHOWN = 2
 _TEXT_LIMIT = 80
@@ -41,15 +45,6 @@ class RunIdentity:
     device: str
     threads: int
     num_processes: int = 1
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data, as `run.json` holds it."""
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, document: Mapping[str, Any]) -> Self:
-        """The identity that `to_dict` made; TypeError when it is none."""
-        return cls(**document)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +76,7 @@ def differences(saved: RunIdentity, now: RunIdentity) -> list[Difference]:
     """What forbids going on: another recipe, model or data."""
     return [
         difference
-        for section in ("recipe", "model", "data", "seed")
+        for section in _HARD
         for difference in _compare(section, getattr(saved, section), getattr(now, section))
         if difference.key not in _DEVICE_KEYS
     ]
@@ -91,7 +86,7 @@ def warnings(saved: RunIdentity, now: RunIdentity) -> tuple[str, ...]:
     """What may change the bytes but does not forbid going on: versions, device, threads."""
     found = [
         difference
-        for section in ("versions", "device", "threads", "num_processes")
+        for section in _SOFT
         for difference in _compare(section, getattr(saved, section), getattr(now, section))
     ]
     return tuple(
@@ -113,6 +108,38 @@ def misfit(found: list[Difference], where: object) -> NoRunCheckpoint:
         "the same recipe, model and data",
         [*(str(one) for one in found[:_SHOWN]), "--overwrite without --resume starts a new run"],
     )
+
+
+def document(
+    first: RunIdentity, sessions: list[dict[str, Any]], now: RunIdentity
+) -> dict[str, Any]:
+    """What `run.json` holds: the run as it began, and what each start of it ran under."""
+    sessions = [*sessions, {key: getattr(now, key) for key in _SOFT}]
+    return {"format": FORMAT, "identity": asdict(first), "sessions": sessions}
+
+
+def read_document(path: Path) -> tuple[RunIdentity, list[dict[str, Any]]]:
+    """The run as it began and its sessions so far.
+
+    Raises:
+        NoRunCheckpoint: E806, the file is missing or damaged.
+        PermissionError: It may not be read.
+    """
+    try:
+        found = json.loads(path.read_bytes())
+        first = RunIdentity(**found["identity"])
+        sessions = [{key: one[key] for key in _SOFT} for one in found["sessions"]]
+    except PermissionError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise NoRunCheckpoint(
+            "E806",
+            "cannot tell what run the checkpoints are of",
+            path,
+            "it is missing or damaged",
+            hints=["--overwrite without --resume starts over from step 0"],
+        ) from error
+    return first, sessions
 
 
 def _compare(section: str, saved: Any, now: Any) -> list[Difference]:

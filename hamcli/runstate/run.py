@@ -15,12 +15,12 @@ import time
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from hamcli.errors import HamError, NoRunCheckpoint, UsageError, printable
+from hamcli.errors import NoRunCheckpoint, UsageError, printable
 from hamcli.runstate.checkpoints import KEEP, Checkpoint, Checkpoints
 from hamcli.runstate.disk import (
     apply_umask,
@@ -34,11 +34,12 @@ from hamcli.runstate.disk import (
 )
 from hamcli.runstate.folders import check_out, read_report, run_folder
 from hamcli.runstate.identity import (
-    FORMAT,
     RUN_JSON,
     RunIdentity,
     differences,
+    document,
     misfit,
+    read_document,
     warnings,
 )
 from hamcli.runstate.lock import LOCK, RunLock
@@ -87,6 +88,7 @@ class RunState:
         self.folder = run_folder(self.out)
         self.overwrite = overwrite
         self.resume = resume
+        self._stages: list[Path] = []
         with disk_errors("cannot make the run folder", self.folder):
             _refuse_foreign(self.folder)
             self._lock: RunLock | None = _open(self.folder)
@@ -146,22 +148,21 @@ class RunState:
             if not self.resume:
                 self.checkpoints.discard_all()
             elif self.checkpoints.steps():
-                first, sessions = _read_run(path)
+                first, sessions = read_document(path)
                 last = replace(first, **sessions[-1]) if sessions else first
                 if changed := differences(first, identity):
                     for one in changed:
                         self.log(f"cannot go on: {one}")
                     raise misfit(changed, path)
                 found = warnings(last, identity)
-            sessions.append(_session(identity))
-            document = {"format": FORMAT, "identity": first.to_dict(), "sessions": sessions}
-            self._replace(path, document)
+            self.log("the run goes on" if sessions else "the run begins")
+            self._replace(path, document(first, sessions, identity))
         return found
 
-    def _replace(self, path: Path, document: Mapping[str, Any]) -> None:
+    def _replace(self, path: Path, content: Mapping[str, Any]) -> None:
         stage = self.stage()
         try:
-            text = json.dumps(document, sort_keys=True, indent=1) + "\n"
+            text = json.dumps(content, sort_keys=True, indent=1) + "\n"
             write_file(stage / path.name, [text.encode()])
             (stage / path.name).replace(path)
             fsync_path(self.folder)
@@ -228,6 +229,7 @@ class RunState:
         stage = self.folder / f".stage-{uuid.uuid4().hex}"
         with disk_errors("cannot make a staging folder", stage):
             stage.mkdir()
+        self._stages.append(stage)
         return stage
 
     def publish(self, stage: Path) -> tuple[str, ...]:
@@ -293,13 +295,14 @@ class RunState:
         """Let go of the run as it is: its checkpoints stay, or, without any, only its log."""
         if self._lock is None:
             return
-        with suppress(OSError, HamError):  # the failure that brought us here is the one to tell
-            self._sweep()
-        has_checkpoints = bool(self.checkpoints.steps())
-        if not has_checkpoints:
-            with suppress(OSError):
+        leaves_nothing = self._lock.is_held() and not self.checkpoints.steps()
+        with suppress(OSError):  # the failure that brought us here is the one to tell
+            for stage in self._stages:
+                if stage.exists():
+                    remove_tree(stage)
+            if leaves_nothing:
                 self._remove_bookkeeping(with_log=not self._has_log())
-        self._release(remove=not has_checkpoints)
+        self._release(remove=leaves_nothing)
 
     def _has_log(self) -> bool:
         path = self.folder / LOG
@@ -309,7 +312,7 @@ class RunState:
         (self.folder / RUN_JSON).unlink(missing_ok=True)
         if with_log:
             (self.folder / LOG).unlink(missing_ok=True)
-        with suppress(FileNotFoundError, OSError):
+        with suppress(OSError):
             self.checkpoints.folder.rmdir()
 
     def _release(self, *, remove: bool) -> None:
@@ -376,73 +379,3 @@ def _open(folder: Path) -> RunLock:
                 raise
             time.sleep(0.01)
     raise AssertionError
-
-
-def _session(identity: RunIdentity) -> dict[str, Any]:
-    document = identity.to_dict()
-    return {key: document[key] for key in ("versions", "device", "threads", "num_processes")}
-
-
-def _read_run(path: Path) -> tuple[RunIdentity, list[dict[str, Any]]]:
-    try:
-        document = json.loads(path.read_bytes())
-        first = RunIdentity.from_dict(document["identity"])
-        return first, [_session(replace(first, **one)) for one in document["sessions"]]
-    except PermissionError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise NoRunCheckpoint(
-            "E806",
-            "cannot tell what run the checkpoints are of",
-            path,
-            "it is missing or damaged",
-            hints=["--overwrite without --resume starts over from step 0"],
-        ) from error
-
-
-@dataclass(frozen=True, slots=True)
-class Finished:
-    """What a complete OUT says it was made from."""
-
-    recipe: Any
-    model: dict[str, str]
-    data: dict[str, str] | None
-    versions: dict[str, str]
-
-    def is_of(self, identity: RunIdentity) -> bool:
-        """Whether a run of `identity` would make the same folder again."""
-        saved = replace(
-            identity,
-            recipe=self.recipe,
-            model=self.model,
-            data=identity.data if self.data is None else self.data,
-        )
-        return not differences(saved, identity)
-
-
-def finished(out: Path) -> Finished | None:
-    """What OUT was made from, when it is a complete folder of ours: nothing listed is missing."""
-    report = read_report(out)
-    if report is None:
-        return None
-    try:
-        if not all((out / one["path"]).stat().st_size == one["bytes"] for one in report["files"]):
-            return None
-        return Finished(
-            report["recipe"],
-            dict(report["model"]["sha256"]),
-            (report.get("data") or {}).get("sha256"),
-            dict(report["environment"]["versions"]),
-        )
-    except (OSError, KeyError, TypeError, ValueError):
-        return None
-
-
-def remove_leftovers(out: Path) -> None:
-    """Remove the OUT.run of a finished OUT, left by a run that was killed at its very end.
-
-    Nothing happens when there is none, or another process holds it.
-    """
-    if run_folder(out).is_dir():
-        with suppress(HamError):
-            RunState(out, overwrite=True, resume=True).finish()

@@ -1,8 +1,8 @@
 """Named tensors <-> one safetensors file, streamed, the same bytes each time.
 
 Written here rather than by the library, so that one tensor at a time is copied, the sha256 is that
-of the tensors and not of what the disk made of them, and a write that fails is an OSError. Modes and
-order of metadata are then ours too: https://github.com/huggingface/safetensors/issues/782 and 584.
+of the tensors and not of what the disk made of them, and a write that fails is an OSError. Modes
+and the order of metadata are ours too: https://github.com/huggingface/safetensors/issues/782, 584.
 """
 
 import json
