@@ -1,238 +1,360 @@
-"""The mirror step and the mask over lists of tensors, in blocks that stay in cache. Any device.
+"""The step of `rule` over lists of tensors on a CPU, without temporaries of their size.
 
-    w, g   weight, gradient          a, b   lr * alpha and the decay of this step
-    m      first moment              e      exponent of the mirror step
+Plain torch, block by block: torch's fused base step and the passes of the mirror step meet each
+block while it lies in the cache. The base step is torch's fused one in bits as well.
 
-Plain torch with `out=`: no temporary is larger than a block. `rule` says what is computed; groups,
-state and the choice of a and b are for `ham`.
+Legend: w weights in fp32 or fp64, g gradients, a = lr * alpha (one number per tensor),
+b = lr * beta, e exponents. All lists have one entry per tensor. Tensors may lie in memory in any
+way; those that do not fill one stretch of it, in the order of the weights, are copied.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 1 << 15  # elements; weight, gradient, mask and exponent of a block fit the L2 cache
-DEVICE_BLOCK = 1 << 24  # elsewhere launches cost more than memory
+from hamcli.optim import rule
+
+# Elements per thread and block: weights, gradient, two moments and scratch stay in a 1 MiB cache,
+# and torch gives a thread no less than this.
+BLOCK = 1 << 15
+
+# What a measured step adds up, in float64, over the weights that are kept and not zero: the sum of
+# |e|, the number that the mirror step changed, the number of clamped exponents, the number of all,
+# and (not a sum) the greatest |e|.
+NUM_SUMS = 5
+
+BaseStep = Callable[..., None]
 
 
-@dataclass(slots=True)
-class Tally:
-    """Sums over the exponents of one step; weights that are zero or masked do not count."""
+def adam_ham_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    masks: Sequence[Tensor | None],
+    rounded: Sequence[Tensor | None],
+    a: Sequence[float],
+    b: float,
+    clamp: float,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    decoupled: bool,
+    sums: Tensor | None = None,
+) -> None:
+    """One step of AdamW (`decoupled`) or Adam, then the mirror step, then the mask, in place.
 
-    count: int = 0
-    total: float = 0.0
-    greatest: float = 0.0
-    moved: int = 0
-    clamped: int = 0
+    Where the mask drops a weight, its first moment becomes zero too.
+
+    Args:
+        params: Weights, or the masters of low-precision ones; fp32 or fp64. Written.
+        grads: Of the same shapes, any float dtype. Read.
+        exp_avgs: First moments, dtype of `params`. Written.
+        exp_avg_sqs: Second moments, dtype of `params`. Written.
+        steps: Number of this step, from 1, as 0-d fp32 tensors. Read.
+        masks: bool, True where kept; None for no mask.
+        rounded: Low-precision weights that receive the rounded `params`; None where `params` are
+            the weights themselves. Written.
+        a: lr * alpha of each tensor.
+        b: lr * beta of all. Where `a` and `b` are zero there is no mirror step.
+        clamp: Greatest |exponent|.
+        lr: Learning rate.
+        beta1: Decay of the first moment.
+        beta2: Decay of the second moment.
+        eps: Added to the root of the second moment.
+        weight_decay: Decoupled or added to the gradient.
+        decoupled: Which of the two.
+        sums: `NUM_SUMS` in float64, added to if given; see there.
+    """
+    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    scratch = _Scratch()
+    for index, param in enumerate(params):
+
+        def base_step_(w: Tensor, g: Tensor, m: Tensor, v: Tensor, *, at: int = index) -> None:
+            fused(
+                [w],
+                [g],
+                [m],
+                [v],
+                [],
+                [steps[at]],
+                lr=lr,
+                beta1=beta1,
+                beta2=beta2,
+                weight_decay=weight_decay,
+                eps=eps,
+                amsgrad=False,
+                maximize=False,
+            )
+
+        _step_blocks_(
+            base_step_,
+            (param, exp_avgs[index], exp_avg_sqs[index]),
+            grads[index],
+            masks[index],
+            rounded[index],
+            (a[index], b, clamp),
+            scratch,
+            sums,
+        )
 
 
-def is_dense(tensor: Tensor) -> bool:
-    """Whether the elements fill one stretch of memory, in whatever order of dimensions."""
-    if tensor.is_contiguous():
-        return True
-    expected = 1
-    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if size == 1:
-            continue
-        if stride != expected:
-            return False
-        expected *= size
-    return True
+def sgd_ham_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor | None],
+    *,
+    masks: Sequence[Tensor | None],
+    rounded: Sequence[Tensor | None],
+    a: Sequence[float],
+    b: float,
+    clamp: float,
+    lr: float,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: float,
+    is_first_step: bool,
+    sums: Tensor | None = None,
+) -> None:
+    """One step of SGD, then the mirror step, then the mask, in place.
 
+    Where the mask drops a weight, its momentum becomes zero too.
 
-def like(tensor: Tensor, pattern: Tensor) -> Tensor:
-    """`tensor` in the memory order and on the device of `pattern`; itself when it is so already."""
-    if tensor.stride() == pattern.stride() and tensor.device == pattern.device:
-        return tensor
-    return torch.empty_like(pattern, dtype=tensor.dtype).copy_(tensor)
+    Args:
+        params: As in `adam_ham_`.
+        grads: As in `adam_ham_`.
+        momentum_buffers: Dtype of `params`, written; None if and only if `momentum` is 0.
+        masks: As in `adam_ham_`.
+        rounded: As in `adam_ham_`.
+        a: As in `adam_ham_`.
+        b: As in `adam_ham_`.
+        clamp: As in `adam_ham_`.
+        lr: Learning rate.
+        momentum: 0 for none.
+        nesterov: Whether the step looks ahead along the momentum.
+        weight_decay: Added to the gradient.
+        is_first_step: The buffers are filled, their contents are not read.
+        sums: As in `adam_ham_`.
+    """
 
+    def base_step_(w: Tensor, g: Tensor, *buffer: Tensor) -> None:
+        torch._fused_sgd_(
+            [w],
+            [g],
+            list(buffer),
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=lr,
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+            is_first_step=is_first_step,
+        )
 
-def flat(tensor: Tensor) -> Tensor:
-    """One-dimensional view of a dense tensor in memory order."""
-    if tensor.is_contiguous():
-        return tensor.view(-1)
-    return tensor.as_strided((tensor.numel(),), (1,))
-
-
-def blocks(tensor: Tensor) -> Iterator[slice]:
-    """Slices that cut the flat view of `tensor` into blocks."""
-    size = CPU_BLOCK if tensor.device.type == "cpu" else DEVICE_BLOCK
-    for begin in range(0, tensor.numel(), size):
-        yield slice(begin, min(begin + size, tensor.numel()))
-
-
-class Scratch:
-    """Block-sized tensors by dtype, made once for a call and used again for every block."""
-
-    def __init__(self) -> None:
-        self._tensors: dict[tuple[torch.device, torch.dtype, str], Tensor] = {}
-
-    def get(self, like_block: Tensor, dtype: torch.dtype, use: str) -> Tensor:
-        """A tensor of the block's length; one and the same memory for each `use`."""
-        key = (like_block.device, dtype, use)
-        held = self._tensors.get(key)
-        if held is None or held.numel() < like_block.numel():
-            held = torch.empty(like_block.numel(), dtype=dtype, device=like_block.device)
-            self._tensors[key] = held
-        return held[: like_block.numel()]
-
-    def zero(self, like_block: Tensor) -> Tensor:
-        """A zero of the block's dtype."""
-        key = (like_block.device, like_block.dtype, "zero")
-        if key not in self._tensors:
-            self._tensors[key] = like_block.new_zeros(())
-        return self._tensors[key]
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that arithmetic on `dtype` is done in: at least float32."""
-    return torch.promote_types(dtype, torch.float32)
-
-
-def mask_(tensors: Sequence[Tensor], mask: Tensor, scratch: Scratch) -> None:
-    """Zero, in place, what `mask` (True where kept) drops. All of one shape and memory order."""
-    keep = flat(mask)
-    for view in map(flat, tensors):
-        for block in blocks(view):
-            part = view[block]
-            # where, not a product: 0 * nan is nan, and -w * 0 is -0.0
-            torch.where(keep[block], part, scratch.zero(part), out=part)
+    scratch = _Scratch()
+    for index, param in enumerate(params):
+        buffer = momentum_buffers[index]
+        _step_blocks_(
+            base_step_,
+            (param,) if buffer is None else (param, buffer),
+            grads[index],
+            masks[index],
+            rounded[index],
+            (a[index], b, clamp),
+            scratch,
+            sums,
+        )
 
 
 def mirror_(
-    w: Tensor,
-    g: Tensor | None,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
     *,
-    a: float,
+    masks: Sequence[Tensor | None],
+    a: Sequence[float],
     b: float,
     clamp: float,
-    mask: Tensor | None,
-    moments: Sequence[Tensor],
-    scratch: Scratch,
-    tally: Tally | None = None,
 ) -> None:
-    """Mirror step and mask of one dense tensor, in place; `moments` are masked with it.
+    """The mirror step and the mask alone, in place, on any device and in any float dtype.
 
-    All tensors have one shape and memory order. With a = b = 0 only the mask acts. `g` may be
-    missing when a = 0.
+    fp16 and bf16 weights are lifted to fp32 and rounded once on the way back.
+
+    Args:
+        params: Weights after the base step. Written.
+        grads: What the base step saw. Read.
+        masks: As in `adam_ham_`.
+        a: As in `adam_ham_`.
+        b: As in `adam_ham_`.
+        clamp: As in `adam_ham_`.
     """
-    if a == 0 and b == 0 and tally is None:
-        if mask is not None:
-            mask_([w, *moments], mask, scratch)
-        return
-    ws = flat(w)
-    gs = None if g is None else flat(g)
-    keep = None if mask is None else flat(mask)
-    held = [flat(moment) for moment in moments]
-    for block in blocks(ws):
-        part = ws[block]
-        kept = None if keep is None else keep[block]
-        e = _exponent(part, None if gs is None else gs[block], a, b, clamp, scratch)
-        before = None if tally is None else part.clone()
-        if tally is not None and before is not None:
-            count_exponents(tally, before, e, clamp, kept)
-        e.expm1_()
-        part.addcmul_(part, e)
+    scratch = _Scratch()
+    for index, param in enumerate(params):
+        is_wide = param.dtype in (torch.float32, torch.float64)
+        _step_blocks_(
+            None,
+            (param,) if is_wide else (),
+            grads[index],
+            masks[index],
+            None if is_wide else param,
+            (a[index], b, clamp),
+            scratch,
+            None,
+        )
+
+
+def kept_norms(grad: Tensor, mask: Tensor | None) -> tuple[float, float, int]:
+    """Sum of |g|, sum of g squared, and number of entries, over what `mask` keeps."""
+    order = storage_order(grad)
+    g = flat_input(grad, order)
+    kept = None if mask is None else flat_input(mask, order)
+    magnitudes = squares = 0.0
+    count = g.numel()
+    for block in _blocks(g):
+        part = g[block]
         if kept is not None:
-            for tensor in (part, *(moment[block] for moment in held)):
-                torch.where(kept, tensor, scratch.zero(tensor), out=tensor)
-        if tally is not None and before is not None:
-            changed = part != before
-            tally.moved += int((changed if kept is None else changed & kept).sum())
+            part = torch.where(kept[block], part, 0.0)
+            count -= part.numel() - int(kept[block].sum())
+        wide = torch.promote_types(part.dtype, torch.float32)
+        magnitudes += float(torch.linalg.vector_norm(part, 1, dtype=wide))
+        squares += float(torch.linalg.vector_norm(part, 2, dtype=wide)) ** 2
+    return magnitudes, squares, count
 
 
-def _exponent(
-    w: Tensor, g: Tensor | None, a: float, b: float, clamp: float, scratch: Scratch
-) -> Tensor:
-    """The clamped exponent of a block, in scratch memory."""
-    e = scratch.get(w, wide(w.dtype), "exponent")
-    if g is None or a == 0:
-        return e.fill_(max(-b, -clamp))
+def _step_blocks_(
+    base_step_: BaseStep | None,
+    written: Sequence[Tensor],
+    grad: Tensor,
+    mask: Tensor | None,
+    rounded: Tensor | None,
+    exponents: tuple[float, float, float],
+    scratch: "_Scratch",
+    sums: Tensor | None,
+) -> None:
+    """One tensor. `written` is the weights and their state; if empty, only `rounded` is there."""
+    shaped = written[0] if written else rounded
+    assert shaped is not None
+    dtype = written[0].dtype if written else torch.float32
+    order = storage_order(shaped)
+    copied: list[tuple[Tensor, Tensor]] = []
+    outputs = [flat_output(tensor, order, copied) for tensor in written]
+    low = None if rounded is None else flat_output(rounded, order, copied)
+    g = flat_input(grad, order)
+    kept = None if mask is None else flat_input(mask, order)
+    a, b, clamp = exponents
+    for block in _blocks(g):
+        g_part = g[block]
+        if g.dtype != dtype:
+            g_part = scratch.get("gradient", g_part, dtype).copy_(g_part)
+        parts = [output[block] for output in outputs]
+        if not parts:
+            assert low is not None
+            parts = [scratch.get("weight", g_part, dtype).copy_(low[block])]
+        if base_step_ is not None:
+            base_step_(parts[0], g_part, *parts[1:])
+        kept_part = None if kept is None else kept[block]
+        if a != 0 or b != 0:
+            e = scratch.get("exponent", g_part, dtype)
+            exponent_(parts[0], g_part, e, a=a, b=b, clamp=clamp)
+            if sums is None:
+                _multiply_(parts[0], e, clamp)
+            else:
+                _multiply_and_measure_(parts[0], e, clamp, kept_part, sums)
+        if kept_part is not None:
+            # the weights, and the first moment or the momentum; a second moment stays
+            for part in parts[:2]:
+                torch.where(kept_part, part, scratch.zero(part), out=part)
+        if low is not None:
+            low[block].copy_(parts[0])
+    for original, copy in copied:
+        original.copy_(copy)
+
+
+def exponent_(w: Tensor, g: Tensor, e: Tensor, *, a: float, b: float, clamp: float) -> None:
+    """Write clamp(-(a * sign(w) * g + b)) to `e`."""
     torch.sign(w, out=e)
     e.mul_(g).mul_(-a)
     if b != 0:
         e.sub_(b)
-    return e.clamp_(-clamp, clamp)
+    e.clamp_(-clamp, clamp)
 
 
-def count_exponents(tally: Tally, w: Tensor, e: Tensor, clamp: float, kept: Tensor | None) -> None:
-    """Add the exponents `e` of the weights `w`, as they were before the mirror step, to `tally`."""
-    counted = w != 0 if kept is None else (w != 0) & kept
-    sizes = e.abs()[counted]
+def _multiply_(w: Tensor, e: Tensor, clamp: float) -> None:
+    """Multiply `w` by exp(e); `e` is used up."""
+    if clamp > -rule.CANCELS and bool((e < rule.CANCELS).any()):
+        w.copy_(rule.multiply(w, e))
+    else:
+        w.addcmul_(w, e.expm1_())
+
+
+def _multiply_and_measure_(
+    w: Tensor, e: Tensor, clamp: float, kept: Tensor | None, sums: Tensor
+) -> None:
+    """The same in bits, and what `NUM_SUMS` says is added to `sums`."""
+    before = w.clone()
+    sizes = e.abs()
+    _multiply_(w, e, clamp)
+    counted = before != 0 if kept is None else (before != 0) & kept
+    sizes, moved = sizes[counted], (w != before)[counted]
     if sizes.numel() == 0:
         return
-    tally.count += sizes.numel()
-    tally.total += float(sizes.sum())
-    greatest = float(sizes.max())
-    tally.greatest = greatest if greatest != greatest else max(tally.greatest, greatest)
-    tally.clamped += int((sizes >= clamp).sum())
+    sums[0] += sizes.sum(dtype=torch.float64)
+    sums[1] += moved.sum()
+    sums[2] += (sizes >= sizes.new_tensor(clamp)).sum()
+    sums[3] += sizes.numel()
+    sums[4] = torch.maximum(sums[4], sizes.max().double())
 
 
-def grad_sums(g: Tensor, mask: Tensor | None, scratch: Scratch) -> Tensor:
-    """Sum of |g| and sum of g squared over what `mask` keeps: two numbers, on g's device."""
-    gs = flat(g)
-    keep = None if mask is None else flat(mask)
-    dtype = wide(g.dtype)
-    total = torch.zeros(2, dtype=dtype, device=g.device)
-    for block in blocks(gs):
-        part = gs[block]
-        if keep is not None:
-            shown = scratch.get(part, part.dtype, "gradient")
-            part = torch.where(keep[block], part, scratch.zero(part), out=shown)
-        total[0] += torch.linalg.vector_norm(part, 1, dtype=dtype)
-        total[1] += torch.linalg.vector_norm(part, 2, dtype=dtype).square()
-    return total
+class _Scratch:
+    """Block-sized memory, made once in a call and used again for every block."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def get(self, use: str, like: Tensor, dtype: torch.dtype) -> Tensor:
+        """Memory of the length of `like`; the same for the same `use`."""
+        key = (use, dtype, like.device)
+        held = self._held.get(key)
+        if held is None or held.numel() < like.numel():
+            held = self._held[key] = like.new_empty(like.numel(), dtype=dtype)
+        return held[: like.numel()]
+
+    def zero(self, like: Tensor) -> Tensor:
+        """A zero of the dtype of `like`."""
+        return self.get("zero", like[:1], like.dtype).zero_()[0]
 
 
-@torch.no_grad()
-def ham_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    *,
-    lr: float,
-    alpha: float,
-    beta: float,
-    clamp: float = 5.0,
-    masks: Sequence[Tensor | None] | None = None,
-) -> None:
-    """The mirror step of HAM on lists of tensors, in place, for any optimizer's post-step hook.
+def _blocks(flat: Tensor) -> list[slice]:
+    """Slices that cut `flat` into blocks."""
+    # a device other than the CPU has no cache to hit, and its launches cost
+    size = BLOCK * torch.get_num_threads() if flat.device.type == "cpu" else 1 << 24
+    return [slice(start, start + size) for start in range(0, flat.numel(), size)]
 
-    param <- param * exp(clamp(-lr * (alpha * sign(param) * grad + beta))), then the mask (HAM, arXiv
-    2506.02630). The product is formed as param + param * expm1(.) in at least float32 and rounded
-    once, to the parameter's dtype: in bfloat16 and float16 exponents below about 2e-3 are lost, and
-    in float32 those below 3e-8, `lr * beta` of a fine-tune among them. `HAM` keeps them.
 
-    Args:
-        params: Weights after the base optimizer's step.
-        grads: The gradients that step used; None leaves the weight as it is, its mask aside.
-        lr: Learning rate of this step.
-        alpha: Strength of the gradient's part; 200 in the paper.
-        beta: Strength of the decay; 1e-3 in the paper.
-        clamp: Bound of |exponent|.
-        masks: One bool mask a parameter, True where kept, or None for all kept.
+def storage_order(tensor: Tensor) -> list[int] | None:
+    """Dimensions from the slowest to the fastest in memory; None if that is their own order."""
+    if tensor.is_contiguous():
+        return None
+    strides = tensor.stride()
+    return sorted(range(len(strides)), key=lambda dim: -strides[dim])
 
-    Example:
-        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-        >>> def mirror(optimizer, args, kwargs):
-        ...     for group in optimizer.param_groups:
-        ...         weights = [p for p in group["params"] if p.ndim >= 2]
-        ...         ham_step_(weights, [p.grad for p in weights], lr=group["lr"], alpha=200, beta=1e-3)
-        >>> handle = optimizer.register_step_post_hook(mirror)
-    """
-    scratch = Scratch()
-    for param, grad, mask in zip(params, grads, masks or [None] * len(params), strict=True):
-        w = param if is_dense(param) else param.contiguous()
-        mirror_(
-            w,
-            None if grad is None else like(grad, w),
-            a=lr * alpha if grad is not None else 0.0,
-            b=lr * beta if grad is not None else 0.0,
-            clamp=clamp,
-            mask=None if mask is None else like(mask, w),
-            moments=(),
-            scratch=scratch,
-        )
-        if w is not param:
-            param.copy_(w)
+
+def flat_input(tensor: Tensor, order: list[int] | None) -> Tensor:
+    """The elements in the given order, as one dimension; copied if they do not lie so."""
+    return (tensor if order is None else tensor.permute(order)).contiguous().view(-1)
+
+
+def flat_output(
+    tensor: Tensor, order: list[int] | None, copied: list[tuple[Tensor, Tensor]]
+) -> Tensor:
+    """As `flat_input`, for writing; a copy that was needed is noted in `copied` to be put back."""
+    ordered = tensor if order is None else tensor.permute(order)
+    if ordered.is_contiguous():
+        return ordered.view(-1)
+    copy = ordered.contiguous()
+    copied.append((ordered, copy))
+    return copy.view(-1)

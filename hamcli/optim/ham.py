@@ -1,41 +1,55 @@
-"""HAM as a torch optimizer: groups, state, masks and which backend; arithmetic is for the others.
+"""HAM as a torch optimizer: groups, state, masks, and which backend does the arithmetic.
 
-Each step: base step, mirror step on the mirrored weights, mask (`rule` has the equations). What the
-step size of the mirror step is, `alpha`, `scaling` and `strength` say:
+Each step: base step, mirror step on the mirrored weights, mask; `rule` has the equations. How
+strong the mirror step is, `alpha`, `scaling` and `strength` say:
 
-    raw          alpha as given: the paper's rule
-    calibrated   alpha = strength / (lr_peak * mean|g|): at the peak learning rate the mean exponent is
-                 `strength`, on every model. mean|g| runs over the first steps, then is frozen
-    normalised   alpha = strength / (lr_peak * rms(g)), for each tensor and step anew. Ours, not the
-                 paper's
+    raw         alpha as given: the paper's rule
+    calibrated  alpha = strength / (lr_peak * mean|g|), one number for all groups: at the peak
+                learning rate the mean |exponent| is `strength`, on every model. The mean runs over
+                the first ten steps, each of which uses the mean so far, and is then frozen
+    normalised  alpha = strength / (lr_peak * rms(g)) for each tensor, anew on every step. Ours,
+                not the paper's
 
-The decay lr * beta is far below what float32 resolves, so it is summed up, one number a group, and
-applied once it is due; the exponent of a step is the gradient's part, plus the sum when due. It falls
-on the weights that have a gradient on that step.
+In fp32 a decay of lr * beta = 1e-8 a step is below the last digit of every weight, and would be
+lost. Hence the decay of a step is
+
+    b = lr * beta + u(step) - u(step - 1),    u between 0 and the dtype's epsilon
+
+with u a fixed pseudo-random sequence. The differences cancel in the sum, so that the weights shrink
+by exp(-sum of lr * beta), and they shake every weight by about its last digit, so that the rounding
+errors of many steps average out instead of all going one way. It costs no memory and no time.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, overload
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from hamcli.optim import base_step, cpu, rule
+from hamcli.optim import cpu, plain
 
 ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
 BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
-STRENGTHS = {"raw": None, "calibrated": 0.004, "normalised": 0.008}
 CLAMPS = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
+STRENGTHS = {"calibrated": 0.004, "normalised": 0.008}
 WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
 BACKENDS = ("auto", "rule", "cpu", "gpu")
 CALIBRATION_STEPS = 10
-EXPONENT_LIMIT = 0.05  # a mean |exponent| above this halves alpha
-DECAY_DUE = 2.0**-12  # decay applied at once: large beside float32's rounding, small beside 1
+GUARD_EVERY = 10  # steps
+GUARD_LIMIT = 0.05  # a mean |exponent| above it lets tensors collapse
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
+Base = Literal["adamw", "adam", "sgd"]
 Scaling = Literal["auto", "raw", "calibrated", "normalised"]
+Backend = Literal["auto", "rule", "cpu", "gpu"]
+
+
+def choose_automatic_scaling() -> tuple[Literal["calibrated", "normalised"], float]:
+    """What `scaling="auto"` means where alpha is not given: a scaling and its strength."""
+    return "calibrated", 0.004
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +59,10 @@ class ExponentStatistics:
     Attributes:
         mean: Mean of |exponent|, after the clamp.
         max: Greatest |exponent|.
-        moved_fraction: Share of the stored weights that the mirror step changed.
+        moved_fraction: Share of the weights that the mirror step changed; 0 means it did nothing.
         clamped_fraction: Share of the exponents at the clamp.
-        alpha: Alpha of the step; None where tensors or groups have their own.
-        guard_events: How often so far alpha was halved because the exponents were too large or not
+        alpha: Alpha of that step; None where groups or tensors have their own.
+        guard_events: How often so far alpha was halved because exponents were too large or not
             finite.
     """
 
@@ -60,68 +74,62 @@ class ExponentStatistics:
     guard_events: int
 
 
-@dataclass(frozen=True, slots=True)
-class _Weight:
-    """A parameter with a gradient: what is updated, its gradient in the same memory order."""
+@dataclass(slots=True)
+class _Batch:
+    """Parameters of one group that one call of a backend steps, and what belongs to each."""
 
-    param: Tensor
-    w: Tensor
-    g: Tensor
-
-
-def choose_automatic_scaling() -> tuple[str, float]:
-    """What `alpha="auto", scaling="auto"` means: the scaling and its strength."""
-    return "calibrated", 0.004
+    is_mirrored: bool
+    is_first_step: bool
+    backend: ModuleType
+    params: list[Tensor] = field(default_factory=list)  # as the user holds them
+    weights: list[Tensor] = field(default_factory=list)  # the parameters, or their fp32 masters
+    grads: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    rounded: list[Tensor | None] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
 
 
 class HAM(torch.optim.Optimizer):
-    """Base optimizer, HAM's multiplicative mirror step, and masks (HAM, arXiv 2506.02630).
+    """AdamW, Adam or SGD, each step followed by HAM's mirror step and the masks.
 
-    w <- w' * exp(clamp(-lr * (alpha * sign(w') * g + beta))) with w' the weight after the base step and
-    g the gradient that step used: clip before `step`, not after. Stateless; zeros stay zero and no sign
-    changes. With alpha = beta = 0 it is torch's fused base optimizer, bit for bit.
-
-    bfloat16 and float16 weights have float32 masters in the state; the parameter is their rounded
-    copy, and writing to it from outside has no lasting effect. All of the options except `base` and
-    `backend` can be given by group, as can `mirror` (False leaves the group to the base optimizer; the
-    default is True for parameters of two or more dimensions) and `lr_peak`.
+    HAM: arXiv 2506.02630, ICLR 2026. Order: base step -> mirror step -> mask. Clip before the step
+    and refuse non-finite gradients yourself: the mirror step sees the gradient that the base step
+    saw. With alpha = beta = 0 it is torch's own optimizer bit for bit: the fused one on a CPU.
+    fp16 and bf16 weights get fp32 masters in the state, and are the rounded copies of these.
 
     Args:
-        params: Parameters or groups, as for every torch optimizer.
-        base: The base optimizer.
-        lr: Learning rate. Its value here is the group's `lr_peak` unless that is given: construct
-            before a scheduler lowers it for a warm-up.
-        weight_decay: The base optimizer's; None is torch's default for it.
-        betas: Adam's.
-        eps: Adam's.
-        momentum: SGD's.
-        nesterov: SGD's.
-        alpha: Strength of the gradient's part. A number means the paper's rule, as does "auto" with
-            `scaling="raw"` (200).
-        beta: Strength of the decay; "auto" is 1e-3.
-        scaling: How alpha "auto" is found.
-        strength: Mean |exponent| (calibrated) or rms of it (normalised) at the peak learning rate.
-        clamp: Bound of |exponent|; None is 5 for raw and 0.1 otherwise.
-        backend: "rule" is the slow oracle; "cpu" blocked torch operations, for any device.
+        params: Parameters, or groups. Those with two or more dimensions are mirrored, unless the
+            group says `mirror=False`. A group may have its own alpha, beta, scaling, strength,
+            clamp and lr_peak, and its own arguments of the base optimizer.
+        base: The base optimizer. Its arguments default as torch's own.
+        lr: Learning rate. At construction also `lr_peak`, the learning rate that `strength` refers
+            to, unless the group gives it.
+        weight_decay: Decoupled for adamw, else added to the gradient; None for torch's default.
+        betas: Of adamw and adam.
+        eps: Of adamw and adam.
+        momentum: Of sgd.
+        nesterov: Of sgd.
+        alpha: Pull along the gradient, 0 or more; "auto" leaves it to `scaling`.
+        beta: Pull towards zero, 0 or more; "auto" is 1e-3.
+        scaling: See the module. "auto" is raw where alpha is a number, else
+            `choose_automatic_scaling`.
+        strength: Mean |exponent| of a step at `lr_peak`, about; None for the scaling's own.
+        clamp: Greatest |exponent|; None for 5 when raw, else 0.1.
+        backend: Which form of the step runs: "cpu", "gpu", the slow "rule", or what suits the
+            device of each parameter.
 
     Raises:
-        ValueError: For a value out of range, a complex or sparse parameter or gradient, a backend that
-            does not exist.
-
-    Example:
-        >>> optimizer = HAM(model.parameters(), lr=1e-3)
-        >>> optimizer.set_masks({model.weight: mask})
-        >>> loss.backward(); optimizer.step()
+        ValueError: An argument is out of range, or contradicts another, or a parameter is complex.
     """
 
-    # Fused torch optimizers say True, and then GradScaler calls step() on infinite gradients too.
+    # An optimizer that declares this gets infinite gradients from GradScaler, to skip in a kernel.
     _step_supports_amp_scaling = False
 
     def __init__(
         self,
-        params: Any,
+        params: Iterable[Any],
         *,
-        base: Literal["adamw", "adam", "sgd"] = "adamw",
+        base: Base = "adamw",
         lr: float = 1e-3,
         weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -133,16 +141,15 @@ class HAM(torch.optim.Optimizer):
         scaling: Scaling = "auto",
         strength: float | None = None,
         clamp: float | None = None,
-        backend: Literal["auto", "rule", "cpu", "gpu"] = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        _require(base in WEIGHT_DECAYS, f"base is {base!r}; adamw, adam or sgd")
-        _require(backend in BACKENDS, f"backend is {backend!r}; one of {', '.join(BACKENDS)}")
-        _require(backend != "gpu", "backend gpu does not exist yet; auto and cpu run on any device")
+        _require(base in WEIGHT_DECAYS, f"base is {base!r}: adamw, adam or sgd is needed")
+        _require(backend in BACKENDS, f"backend is {backend!r}: one of {', '.join(BACKENDS)}")
+        _require(base == "sgd" or not momentum, f"momentum is of sgd, not of {base}")
         defaults = {
-            "base": base,
             "lr": lr,
             "weight_decay": WEIGHT_DECAYS[base] if weight_decay is None else weight_decay,
-            "betas": tuple(betas),
+            "betas": betas,
             "eps": eps,
             "momentum": momentum,
             "nesterov": nesterov,
@@ -152,243 +159,214 @@ class HAM(torch.optim.Optimizer):
             "strength": strength,
             "clamp": clamp,
             "mirror": True,
-            "backend": backend,
+            "base": base,
         }
-        self._start_measuring()
+        self._begin(base, backend)
         super().__init__(params, defaults)
 
-    def _start_measuring(self) -> None:
+    def _begin(self, base: Base, backend: Backend) -> None:
+        self._base = base
+        self._backend = backend
         self._is_measured = False
         self._statistics: ExponentStatistics | None = None
-        self._num_kept: dict[Tensor, int] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "ham": (self._base, self._backend)}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore, and make what is not part of the state."""
+        state = dict(state)
+        if "ham" in state:
+            self._begin(*state.pop("ham"))
         super().__setstate__(state)
-        if not hasattr(self, "_num_kept"):
-            self._start_measuring()
-        self._count_kept()
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group; what it does not say is as given to the constructor.
+        """Add a group; its options are checked and the automatic ones settled.
 
         Raises:
-            ValueError: As for the constructor.
+            ValueError: As for the class.
         """
-        group = dict(self.defaults) | param_group
-        _resolve(group)
-        super().add_param_group(group)
-        for param in self.param_groups[-1]["params"]:
-            if param.is_complex() or param.layout != torch.strided:
-                self.param_groups.pop()
-                raise ValueError("HAM takes dense real parameters, not complex or sparse ones")
+        super().add_param_group(param_group)
+        try:
+            _settle(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
+    # --- the step
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Base step, mirror step, mask. Weights without a gradient keep their value.
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Base step, mirror step and mask of all parameters that have a gradient.
+
+        A masked weight is zero afterwards, with a gradient or without.
 
         Args:
-            closure: Reevaluates the model and returns the loss.
+            closure: Evaluates the model anew and returns the loss.
+
+        Returns:
+            What the closure returned.
 
         Raises:
-            ValueError: For a sparse gradient; nothing has changed then.
+            ValueError: A gradient is sparse.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.grad is not None and param.grad.layout != torch.strided:
-                    raise ValueError("HAM takes dense gradients, not sparse ones")
-        scratch = cpu.Scratch()
-        tally = cpu.Tally() if self._is_measured else None
-        weights = [self._weights(group) for group in self.param_groups]
-        alphas = self._alphas(weights, scratch)
-        for group, of_group, of_alphas in zip(self.param_groups, weights, alphas, strict=True):
-            self._step_group(group, of_group, of_alphas, scratch, tally)
-        if tally is not None:
-            self._statistics = self._summary(tally)
+        batches = [self._collect(group) for group in self.param_groups]
+        norms = [[_norms(group, batch) for batch in of_group]
+                 for group, of_group in zip(self.param_groups, batches, strict=True)]  # fmt: skip
+        _calibrate(self.param_groups, norms)
+        is_measured = self._is_measured or self._guard_is_due()
+        sums = [_no_sums() if is_measured else None for _ in self.param_groups]
+        for group, of_group, of_norms, of_sums in zip(
+            self.param_groups, batches, norms, sums, strict=True
+        ):
+            # at lr 0 nothing happens, and torch may step so merely to look at the state
+            group["ham_step"] += float(group["lr"]) > 0
+            for batch, batch_norms in zip(of_group, of_norms, strict=True):
+                self._step_batch(group, batch, batch_norms, of_sums)
+            self._mask_idle(group)
+        if is_measured:
+            found = [of_sums for of_sums in sums if of_sums is not None]
+            self._statistics = self._summarise(found)
             self._is_measured = False
         return loss
 
-    def _weights(self, group: dict[str, Any]) -> list[_Weight]:
-        """The group's parameters that have a gradient, their state begun."""
-        found = []
+    def _collect(self, group: dict[str, Any]) -> list[_Batch]:
+        """The group's parameters that have a gradient, by what one call can take; state is made."""
+        batches: dict[tuple[Any, ...], _Batch] = {}
         for param in group["params"]:
             if param.grad is None:
                 continue
-            w = self._stored(param)
-            base_step.start(self.state[param], w, group["base"])
-            found.append(_Weight(param, w, cpu.like(param.grad, w)))
-        return found
+            _require(not param.grad.is_sparse, "HAM takes no sparse gradients")
+            state = self.state[param]
+            is_first = self._base == "sgd" and "momentum_buffer" not in state
+            self._make_state(group, param, state)
+            is_mirrored = _is_mirrored(group, param)
+            weight = _local(state.get("ham_master", param)).detach()
+            key = (is_mirrored, is_first, weight.dtype, weight.device)
+            if key not in batches:
+                batches[key] = _Batch(is_mirrored, is_first, self._backend_for(weight))
+            batch = batches[key]
+            batch.params.append(param)
+            batch.weights.append(weight)
+            batch.grads.append(_local(param.grad))
+            batch.masks.append(_local(state["ham_mask"]) if "ham_mask" in state else None)
+            batch.rounded.append(_local(param).detach() if "ham_master" in state else None)
+            batch.states.append(state)
+        return list(batches.values())
 
-    def _stored(self, param: Tensor) -> Tensor:
-        """What is updated: the parameter, or its float32 master, made at first use."""
-        if param.dtype not in LOW_PRECISION:
-            return param
-        state = self.state[param]
-        if "ham_master" not in state:
+    def _make_state(self, group: Mapping[str, Any], param: Tensor, state: dict[str, Any]) -> None:
+        if param.dtype in LOW_PRECISION and "ham_master" not in state:
             state["ham_master"] = param.detach().to(torch.float32, copy=True)
-        master: Tensor = state["ham_master"]
-        return master
+        weight = state.get("ham_master", param)
+        if self._base == "sgd":
+            if group["momentum"] != 0 and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+        elif "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
 
-    def _step_group(
+    def _backend_for(self, weight: Tensor) -> ModuleType:
+        name = self._backend
+        if name == "auto":
+            name = "cpu" if weight.device.type == "cpu" else "rule"
+        _require(name != "cpu" or weight.device.type == "cpu", "backend cpu needs weights on a CPU")
+        _require(name != "gpu", "backend gpu is not available here")
+        return {"cpu": cpu, "rule": plain}[name]
+
+    def _step_batch(
         self,
-        group: dict[str, Any],
-        weights: list[_Weight],
-        alphas: list[float],
-        scratch: cpu.Scratch,
-        tally: cpu.Tally | None,
+        group: Mapping[str, Any],
+        batch: _Batch,
+        norms: Sequence[tuple[float, float, int]],
+        sums: Tensor | None,
     ) -> None:
-        """One step of one group; `alphas` has lr * alpha for each of its weights."""
-        decay = self._decay_due(group) if weights else 0.0
-        self._take_base_step(group, weights)
-        for weight, a in zip(weights, alphas, strict=True):
-            is_mirrored = _is_mirrored(group, weight.param)
-            self._mirror(
-                group,
-                weight,
-                a if is_mirrored else 0.0,
-                decay if is_mirrored else 0.0,
-                scratch,
-                tally if is_mirrored else None,
+        lr = float(group["lr"])
+        count = len(batch.weights)
+        dtype = batch.weights[0].dtype
+        common = {
+            "masks": batch.masks,
+            "rounded": batch.rounded,
+            "a": _strengths(group, norms) if batch.is_mirrored else [0.0] * count,
+            "b": _decay(group, dtype) if batch.is_mirrored else 0.0,
+            "clamp": group["clamp"],
+            "lr": lr,
+            "weight_decay": group["weight_decay"],
+            "sums": sums if batch.is_mirrored else None,
+        }
+        if self._base == "sgd":
+            buffers = [state.get("momentum_buffer") for state in batch.states]
+            batch.backend.sgd_ham_(
+                batch.weights,
+                batch.grads,
+                [None if buffer is None else _local(buffer) for buffer in buffers],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                is_first_step=batch.is_first_step,
+                **common,
             )
-        for param in group["params"]:
-            if param.grad is None and "ham_mask" in self.state.get(param, {}):
-                self._mask(param, scratch)
-
-    def _take_base_step(self, group: dict[str, Any], weights: list[_Weight]) -> None:
-        if group["backend"] == "rule":
-            for weight in weights:
-                g = weight.g.to(weight.w.dtype)
-                base_step.take_by_rule(group, weight.w, g, self.state[weight.param])
             return
-        same = [weight for weight in weights if weight.g.dtype == weight.w.dtype]
-        states = [self.state[weight.param] for weight in same]
-        base_step.take(group, [weight.w for weight in same], [weight.g for weight in same], states)
-        # one at a time: the wide copy of a gradient lives no longer than its step
-        for weight in weights:
-            if weight.g.dtype != weight.w.dtype:
-                g = weight.g.to(weight.w.dtype)
-                base_step.take(group, [weight.w], [g], [self.state[weight.param]])
+        beta1, beta2 = group["betas"]
+        for state in batch.states:
+            state["step"] += 1
+        batch.backend.adam_ham_(
+            batch.weights,
+            batch.grads,
+            [_local(state["exp_avg"]) for state in batch.states],
+            [_local(state["exp_avg_sq"]) for state in batch.states],
+            [state["step"] for state in batch.states],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            decoupled=self._base == "adamw",
+            **common,
+        )
 
-    def _mirror(
-        self,
-        group: dict[str, Any],
-        weight: _Weight,
-        a: float,
-        b: float,
-        scratch: cpu.Scratch,
-        tally: cpu.Tally | None,
-    ) -> None:
-        """Mirror step and mask of one weight, and the rounded copy of its master."""
-        state = self.state[weight.param]
-        mask = state.get("ham_mask")
-        moments = base_step.first_moments(state)
-        clamp = group["clamp"]
-        if group["backend"] == "rule":
-            _mirror_by_rule(weight, a, b, clamp, mask, moments, tally)
-        elif cpu.is_dense(weight.w):
-            cpu.mirror_(
-                weight.w,
-                weight.g,
-                a=a,
-                b=b,
-                clamp=clamp,
-                mask=mask,
-                moments=moments,
-                scratch=scratch,
-                tally=tally,
-            )
-        else:
-            _mirror_by_rule(weight, a, b, clamp, mask, moments, tally)
-        if weight.w is not weight.param:
-            weight.param.copy_(weight.w)
+    # --- statistics and the guard
 
-    def _mask(self, param: Tensor, scratch: cpu.Scratch) -> None:
-        """Zero what the parameter's mask drops, in all of its copies and its momentum."""
-        state = self.state[param]
-        tensors = [param, *base_step.first_moments(state)]
-        tensors += [state["ham_master"]] if "ham_master" in state else []
-        for tensor in tensors:
-            tensor.copy_(rule.apply_mask(tensor, state["ham_mask"])) if not cpu.is_dense(
-                tensor
-            ) else cpu.mask_([tensor], state["ham_mask"], scratch)
+    def measure_next_step(self) -> None:
+        """Measure the exponents of the next step; it changes no number of the training."""
+        self._is_measured = True
 
-    # --- the size of the mirror step
+    def exponent_statistics(self) -> ExponentStatistics | None:
+        """The last measured step; None before there is one.
 
-    def _alphas(
-        self, weights: Sequence[Sequence[_Weight]], scratch: cpu.Scratch
-    ) -> list[list[float]]:
-        """lr * alpha for every weight of every group; advances calibration and the guard."""
+        Besides the steps that `measure_next_step` asks for, every tenth one is measured where a
+        group is calibrated: the guard needs it.
+        """
+        return self._statistics
+
+    def _guard_is_due(self) -> bool:
+        """Whether the coming step is one after which the guard looks."""
+        return any(
+            _is_guarded(group) and (group["ham_step"] + 1) % GUARD_EVERY == 0
+            for group in self.param_groups
+        )
+
+    def _summarise(self, sums: Sequence[Tensor]) -> ExponentStatistics:
+        """The statistics of the step just done; then the guard acts, for the next one."""
+        found = [of_group.tolist() for of_group in sums]
         groups = self.param_groups
-        sums = [
-            [self._grad_sums(group, weight, scratch) for weight in of_group]
-            for group, of_group in zip(groups, weights, strict=True)
-        ]
-        self._calibrate(sums)
-        return [
-            _guarded(group, _plain_alphas(group, of_group), of_group)
-            for group, of_group in zip(groups, sums, strict=True)
-        ]
-
-    def _grad_sums(
-        self, group: dict[str, Any], weight: _Weight, scratch: cpu.Scratch
-    ) -> tuple[float, float, int]:
-        """Sum of |g|, of g squared, and how many weights count; zeros where alpha is given."""
-        if group["scaling"] == "raw" or not _is_mirrored(group, weight.param):
-            return 0.0, 0.0, 0
-        mask = self.state[weight.param].get("ham_mask")
-        g = weight.g if cpu.is_dense(weight.g) else weight.g.contiguous()
-        mask = None if mask is None else cpu.like(mask, g)
-        total, squares = cpu.grad_sums(g, mask, scratch).tolist()
-        return total, squares, self._num_kept.get(weight.param, weight.param.numel())
-
-    def _calibrate(self, sums: Sequence[Sequence[tuple[float, float, int]]]) -> None:
-        """Take this step's mean|g| over all calibrated groups into their running means."""
-        calibrated = [
-            (group, of_group)
-            for group, of_group in zip(self.param_groups, sums, strict=True)
-            if group["scaling"] == "calibrated"
-        ]
-        total = math.fsum(s[0] for _, of_group in calibrated for s in of_group)
-        count = sum(s[2] for _, of_group in calibrated for s in of_group)
-        if count == 0 or not math.isfinite(total):
-            return
-        for group, _ in calibrated:
-            done = group["ham_calibration_steps"]
-            if done < CALIBRATION_STEPS:
-                group["ham_grad_mean"] += (total / count - group["ham_grad_mean"]) / (done + 1)
-                group["ham_calibration_steps"] = done + 1
-
-    def _decay_due(self, group: dict[str, Any]) -> float:
-        """Add this step's decay to what is pending; all of it once it is due, else 0."""
-        group["ham_pending_decay"] += float(group["lr"]) * group["beta"]
-        if group["ham_pending_decay"] < DECAY_DUE:
-            return 0.0
-        due: float = group["ham_pending_decay"]
-        group["ham_pending_decay"] = 0.0
-        return due
-
-    @torch.no_grad()
-    def flush_decay(self) -> None:
-        """Apply the decay that is pending, less than 2^-12 of each mirrored weight, at once."""
-        scratch = cpu.Scratch()
-        for group in self.param_groups:
-            due, group["ham_pending_decay"] = group["ham_pending_decay"], 0.0
-            for param in group["params"]:
-                if due == 0 or not param.requires_grad or not _is_mirrored(group, param):
-                    continue
-                w = self._stored(param)
-                weight = _Weight(param, w, w)
-                self._mirror(group, weight, 0.0, due, scratch, None)
+        alphas = {_alpha(group) for group in groups if _has_mirrored(group)}
+        guarded = [f for f, group in zip(found, groups, strict=True) if _is_guarded(group)]
+        size = sum(f[0] for f in guarded) / max(sum(f[3] for f in guarded), 1)
+        if not size <= GUARD_LIMIT:
+            for group in groups:
+                if _is_guarded(group):
+                    group["ham_alpha_factor"] /= 2
+                    group["ham_guard_events"] += 1
+        count = max(sum(f[3] for f in found), 1)
+        return ExponentStatistics(
+            mean=sum(f[0] for f in found) / count,
+            max=max((f[4] for f in found), default=0.0),
+            moved_fraction=sum(f[1] for f in found) / count,
+            clamped_fraction=sum(f[2] for f in found) / count,
+            alpha=alphas.pop() if len(alphas) == 1 else None,
+            guard_events=max(group["ham_guard_events"] for group in groups),
+        )
 
     # --- masks
 
@@ -397,82 +375,115 @@ class HAM(torch.optim.Optimizer):
         """Hold weights at zero, from now on and after every step.
 
         Args:
-            masks: Parameter to bool mask of its shape, True where the weight is kept; None lifts the
-                mask. Parameters not named keep theirs. Dropped weights and their momentum are zeroed at
-                once; the masks are copied.
+            masks: Parameter to bool mask of its shape, True where the weight is kept; None lifts
+                its mask. Parameters not named keep theirs. Weights that are dropped, and their
+                momentum, are zeroed at once. The masks are copied.
 
         Raises:
-            ValueError: For a parameter that is not this optimizer's, a mask of another shape or dtype.
+            ValueError: A parameter is not this optimizer's, a mask is not bool or of another shape.
         """
         ours = {param for group in self.param_groups for param in group["params"]}
         for param, mask in masks.items():
-            _require(param in ours, "set_masks got a parameter that is not this optimizer's")
+            _require(param in ours, "a mask names a parameter that this optimizer does not hold")
             if mask is not None:
-                _require(mask.dtype == torch.bool, f"a mask is {mask.dtype}; torch.bool is needed")
+                _require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
                 _require(
                     mask.shape == param.shape,
                     f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(param.shape)}",
                 )
-        scratch = cpu.Scratch()
         for param, mask in masks.items():
+            state = self.state[param]
             if mask is None:
-                self.state.get(param, {}).pop("ham_mask", None)
-                self._num_kept.pop(param, None)
+                state.pop("ham_mask", None)
                 continue
-            self.state[param]["ham_mask"] = torch.empty_like(param, dtype=torch.bool).copy_(mask)
-            self._num_kept[param] = int(mask.sum())
-            self._mask(param, scratch)
+            # in the memory order of the weights, so that no step has to turn it
+            state["ham_mask"] = torch.empty_like(param, dtype=torch.bool).copy_(mask)
+            _mask_(param, state)
 
     def masks(self) -> dict[Tensor, Tensor]:
-        """The masks that hold, by parameter; True where the weight is kept."""
+        """The masks in force, True where the weight is kept."""
         return {p: state["ham_mask"] for p, state in self.state.items() if "ham_mask" in state}
 
-    def _count_kept(self) -> None:
-        self._num_kept = {param: int(mask.bool().sum()) for param, mask in self.masks().items()}
-
-    # --- statistics
-
-    def measure_next_step(self) -> None:
-        """Measure the exponents of the next step; it costs a few reductions."""
-        self._is_measured = True
-
-    def exponent_statistics(self) -> ExponentStatistics | None:
-        """The last measured step; None before there is one."""
-        return self._statistics
-
-    def _summary(self, tally: cpu.Tally) -> ExponentStatistics:
-        count = max(tally.count, 1)
-        alphas = {_alpha(group) for group in self.param_groups if group["mirror"]}
-        return ExponentStatistics(
-            mean=tally.total / count,
-            max=tally.greatest,
-            moved_fraction=tally.moved / count,
-            clamped_fraction=tally.clamped / count,
-            alpha=alphas.pop() if len(alphas) == 1 else None,
-            guard_events=sum(group["ham_guard_events"] for group in self.param_groups),
-        )
+    def _mask_idle(self, group: Mapping[str, Any]) -> None:
+        """Mask the parameters that this step did not touch."""
+        for param in group["params"]:
+            if param.grad is None and "ham_mask" in self.state.get(param, {}):
+                _mask_(param, self.state[param])
 
     # --- state
 
-    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what `state_dict` gave: the run goes on bit for bit.
+        """Load what `state_dict` gave: the run goes on bit for bit, on the same backend.
 
         Raises:
-            ValueError: If it is another base optimizer's, or groups or sizes differ.
+            ValueError: It is another base optimizer's, or groups or their sizes differ.
         """
-        for group in state_dict["param_groups"]:
-            base = self.defaults["base"]
-            _require(group.get("base") == base, f"the state is not of HAM with base {base}")
-        super().load_state_dict(state_dict)
-        saved = [i for group in state_dict["param_groups"] for i in group["params"]]
+        loaded: list[dict[str, Any]] = []
+
+        def look(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            loaded.append(state)
+
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            for group in state_dict["param_groups"]:
+                base = group.get("base")
+                _require(base == self._base, f"the state is of base {base}, not of {self._base}")
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch casts state to the parameter's dtype: masks and masters would be lost
+        final = loaded[-1]
+        saved = [index for group in final["param_groups"] for index in group["params"]]
         params = [param for group in self.param_groups for param in group["params"]]
-        for i, param in zip(saved, params, strict=True):
-            # torch casts state to the parameter's dtype: masks and masters would be lost
-            for key, value in state_dict["state"].get(i, {}).items():
-                if isinstance(value, Tensor):
+        for index, param in zip(saved, params, strict=True):
+            for key, value in final["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and key != "step":
                     self.state[param][key] = _placed(key, value, param)
-        self._count_kept()
+
+
+@torch.no_grad()
+def ham_step_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
+    *,
+    lr: float,
+    alpha: float,
+    beta: float,
+    clamp: float = 5.0,
+    masks: Sequence[Tensor | None] | None = None,
+) -> None:
+    """The mirror step of HAM alone, in place, for the post-step hook of any optimizer.
+
+    w <- w * exp(clamp(-lr * (alpha * sign(w) * g + beta), -clamp, clamp)), then the mask (arXiv
+    2506.02630), computed in fp32 at least and rounded once. Stateless, hence what rounding drops is
+    lost: exponents below about 2e-3 in bf16, below 3e-8 in fp32. `HAM` keeps the decay.
+
+    Args:
+        params: Weights after the base optimizer's step. Written.
+        grads: The gradients that step used; where None only the mask acts.
+        lr: Learning rate of this step.
+        alpha: Pull along the gradient; 200 in the paper.
+        beta: Pull towards zero; 1e-3 in the paper.
+        clamp: Greatest |exponent|.
+        masks: Bool, True where kept, or None where all are; one for each parameter.
+
+    Example:
+        >>> def mirror(optimizer, args, kwargs):
+        ...     for group in optimizer.param_groups:
+        ...         ws = [p for p in group["params"] if p.ndim >= 2]
+        ...         ham_step_(ws, [w.grad for w in ws], lr=group["lr"], alpha=200, beta=1e-3)
+        >>> handle = torch.optim.AdamW(model.parameters()).register_step_post_hook(mirror)
+    """
+    triples = zip(params, grads, masks or [None] * len(params), strict=True)
+    for param, grad, mask in triples:
+        cpu.mirror_(
+            [_local(param).detach()],
+            [_local(param if grad is None else grad).detach()],
+            masks=[None if mask is None else _local(mask)],
+            a=[0.0 if grad is None else lr * alpha],
+            b=0.0 if grad is None else lr * beta,
+            clamp=clamp,
+        )
 
 
 def _require(holds: bool, what: str) -> None:
@@ -480,58 +491,97 @@ def _require(holds: bool, what: str) -> None:
         raise ValueError(what)
 
 
-def _resolve(group: dict[str, Any]) -> None:
-    """Check a group's options and replace what is automatic; begin its scalars."""
-    scaling, alpha = group["scaling"], group["alpha"]
-    _require(scaling in (*STRENGTHS, "auto"), f"scaling is {scaling!r}; auto or one of the three")
-    _require(
-        alpha == "auto" or scaling in ("auto", "raw"),
-        f"alpha is given, and scaling {scaling} would choose it; one of the two",
-    )
+def _settle(group: dict[str, Any]) -> None:
+    """Check a group's options, decide those that are automatic, begin its counters."""
+    alpha, scaling = group["alpha"], group["scaling"]
+    _require(scaling in ("auto", *CLAMPS), f"scaling is {scaling!r}: auto, {', '.join(CLAMPS)}")
     if alpha != "auto":
+        _require(
+            scaling in ("auto", "raw") or alpha == 0,
+            f"alpha is {alpha}, but scaling {scaling} finds its own: give strength instead",
+        )
         scaling = "raw"
     elif scaling == "auto":
         scaling, strength = choose_automatic_scaling()
         group["strength"] = strength if group["strength"] is None else group["strength"]
-    group["scaling"] = scaling
-    if scaling == "raw" and alpha == "auto":
+    elif scaling == "raw":
         group["alpha"] = ALPHA_PUBLISHED
-    if group["beta"] == "auto":
-        group["beta"] = BETA_PUBLISHED
+    group["scaling"] = scaling
+    group["beta"] = BETA_PUBLISHED if group["beta"] == "auto" else group["beta"]
+    group["clamp"] = CLAMPS[scaling] if group["clamp"] is None else group["clamp"]
     if group["strength"] is None:
-        group["strength"] = STRENGTHS[scaling]
-    if group["clamp"] is None:
-        group["clamp"] = CLAMPS[scaling]
+        group["strength"] = STRENGTHS.get(scaling)
     group.setdefault("lr_peak", float(group["lr"]))
     _check(group)
-    group.setdefault("ham_pending_decay", 0.0)
-    group.setdefault("ham_calibration_steps", 0)
-    group.setdefault("ham_grad_mean", 0.0)
-    group.setdefault("ham_alpha_factor", 1.0)
-    group.setdefault("ham_guard_events", 0)
+    for key, start in (
+        ("ham_step", 0),
+        ("ham_calibration_steps", 0),
+        ("ham_grad_mean", 0.0),
+        ("ham_alpha_factor", 1.0),
+        ("ham_guard_events", 0),
+    ):
+        group.setdefault(key, start)
 
 
 def _check(group: Mapping[str, Any]) -> None:
-    """Refuse values that are out of range, NaN among them."""
-    for name in ("lr", "weight_decay", "eps", "momentum", "beta"):
-        _require(0 <= group[name] < math.inf, f"{name} is {group[name]}; 0 or more is needed")
-    _require(all(0 <= b < 1 for b in group["betas"]), f"betas are {group['betas']}; in [0, 1)")
-    _require(group["clamp"] > 0, f"clamp is {group['clamp']}; more than 0 is needed")
-    _require(not group["nesterov"] or group["momentum"] > 0, "nesterov needs a momentum")
-    if group["scaling"] == "raw":
-        _require(0 <= group["alpha"] < math.inf, f"alpha is {group['alpha']}; 0 or more is needed")
-        return
+    """Refuse what is out of range, NaN among it."""
+    at_least_0 = ["lr", "lr_peak", "weight_decay", "eps", "momentum", "beta"]
+    at_least_0.append("alpha" if group["scaling"] == "raw" else "strength")
+    for name in at_least_0:
+        _require(0 <= group[name] < math.inf, f"{name} is {group[name]}: 0 or more is needed")
     _require(
-        0 <= group["strength"] < math.inf, f"strength is {group['strength']}; 0 or more is needed"
+        all(0 <= number < 1 for number in group["betas"]),
+        f"betas are {group['betas']}: 0 or more and below 1 is needed",
     )
-    _require(
-        group["lr_peak"] > 0 or not group["mirror"],
-        f"lr_peak is {group['lr_peak']}; scaling {group['scaling']} needs the peak learning rate",
-    )
+    _require(group["clamp"] > 0, f"clamp is {group['clamp']}: more than 0 is needed")
+    _require(not group["nesterov"] or group["momentum"] > 0, "nesterov needs a momentum above 0")
+    for param in group["params"]:
+        _require(not param.is_complex(), "HAM takes no complex parameters")
 
 
 def _is_mirrored(group: Mapping[str, Any], param: Tensor) -> bool:
-    return bool(group["mirror"]) and param.ndim >= 2
+    return bool(group["mirror"]) and param.dim() >= 2
+
+
+def _has_mirrored(group: Mapping[str, Any]) -> bool:
+    return any(_is_mirrored(group, param) for param in group["params"])
+
+
+def _is_guarded(group: Mapping[str, Any]) -> bool:
+    return group["scaling"] == "calibrated" and _has_mirrored(group)
+
+
+def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, int]]:
+    """Sum of |g|, sum of g squared and their number, of each tensor; empty where nobody asks."""
+    calibrates = (
+        group["scaling"] == "calibrated" and group["ham_calibration_steps"] < CALIBRATION_STEPS
+    )
+    if not batch.is_mirrored or not (calibrates or group["scaling"] == "normalised"):
+        return [(0.0, 0.0, 0)] * len(batch.params)
+    return [
+        _over_shards(cpu.kept_norms(grad, mask), param)
+        for param, grad, mask in zip(batch.params, batch.grads, batch.masks, strict=True)
+    ]
+
+
+def _calibrate(
+    groups: Sequence[dict[str, Any]], norms: Sequence[Sequence[Sequence[tuple[float, float, int]]]]
+) -> None:
+    """Take this step's mean |g| over all calibrated groups into their running means."""
+    found = [
+        (group, [norm for of_batch in of_group for norm in of_batch])
+        for group, of_group in zip(groups, norms, strict=True)
+        if group["scaling"] == "calibrated"
+    ]
+    total = math.fsum(norm[0] for _, of_group in found for norm in of_group)
+    count = sum(norm[2] for _, of_group in found for norm in of_group)
+    if count == 0 or not 0 < total < math.inf:
+        return
+    for group, _ in found:
+        done = group["ham_calibration_steps"]
+        if done < CALIBRATION_STEPS:
+            group["ham_grad_mean"] += (total / count - group["ham_grad_mean"]) / (done + 1)
+            group["ham_calibration_steps"] = done + 1
 
 
 def _alpha(group: Mapping[str, Any]) -> float | None:
@@ -542,64 +592,72 @@ def _alpha(group: Mapping[str, Any]) -> float | None:
         return None
     scale = group["lr_peak"] * group["ham_grad_mean"]
     # with no gradient seen there is nothing to scale by, and nothing to do
-    return float(group["strength"] * group["ham_alpha_factor"] / scale) if scale > 0 else 0.0
+    return float(group["ham_alpha_factor"] * group["strength"] / scale) if scale > 0 else 0.0
 
 
-def _plain_alphas(
-    group: Mapping[str, Any], sums: Iterable[tuple[float, float, int]]
-) -> list[float]:
-    """lr * alpha for each weight of a group, as calibration has it."""
+def _strengths(group: Mapping[str, Any], norms: Sequence[tuple[float, float, int]]) -> list[float]:
+    """The factor a = lr * alpha of each tensor."""
     lr = float(group["lr"])
     alpha = _alpha(group)
     if alpha is not None:
-        return [lr * alpha for _ in sums]
-    eta = group["strength"] * group["ham_alpha_factor"] * lr / group["lr_peak"]
-    return [eta / math.sqrt(q / n) if n > 0 and q > 0 else 0.0 for _, q, n in sums]
+        return [lr * alpha] * len(norms)
+    eta = group["strength"] * lr / group["lr_peak"] if group["lr_peak"] > 0 else 0.0
+    return [
+        eta / math.sqrt(squares / count) if 0 < squares < math.inf else 0.0
+        for _, squares, count in norms
+    ]
 
 
-def _guarded(
-    group: dict[str, Any], alphas: list[float], sums: Sequence[tuple[float, float, int]]
-) -> list[float]:
-    """`alphas`, halved from now on if their exponents are too large; 0 if they are not finite."""
-    count = sum(n for _, _, n in sums)
-    if group["scaling"] == "raw" or count == 0:
-        return alphas
-    mean = sum(a * total for a, (total, _, _) in zip(alphas, sums, strict=True)) / count
-    if mean <= EXPONENT_LIMIT:
-        return alphas
-    group["ham_alpha_factor"] /= 2
-    group["ham_guard_events"] += 1
-    return [a / 2 if math.isfinite(mean) else 0.0 for a in alphas]
+def _decay(group: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """The decay b of this step; see the module."""
+    decay = float(group["lr"]) * float(group["beta"])
+    if decay == 0:
+        return 0.0
+    step = group["ham_step"]
+    return decay + torch.finfo(dtype).eps * (_uniform(step) - _uniform(step - 1))
 
 
-def _mirror_by_rule(
-    weight: _Weight,
-    a: float,
-    b: float,
-    clamp: float,
-    mask: Tensor | None,
-    moments: Sequence[Tensor],
-    tally: cpu.Tally | None,
-) -> None:
-    """Mirror step and mask of one weight as `rule` writes them."""
-    w = weight.w
-    if a != 0 or b != 0 or tally is not None:
-        e = rule.exponent(w, weight.g.to(w.dtype), a=a, b=b, clamp=clamp)
-        new = w + w * e.expm1()
-        if tally is not None:
-            cpu.count_exponents(tally, w, e, clamp, mask)
-            changed = new != w
-            tally.moved += int((changed if mask is None else changed & mask).sum())
-        w.copy_(new)
-    for tensor in (w, *moments):
-        tensor.copy_(rule.apply_mask(tensor, mask))
+def _uniform(index: int) -> float:
+    """A number in [0, 1) that looks random: splitmix64 (Steele, Lea, Flood 2014) of `index`."""
+    word = (index * 0x9E3779B97F4A7C15) % 2**64
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (word ^ (word >> 31)) / 2.0**64
+
+
+def _no_sums() -> Tensor:
+    return torch.zeros(cpu.NUM_SUMS, dtype=torch.float64)
+
+
+def _mask_(param: Tensor, state: Mapping[str, Any]) -> None:
+    """Zero what the mask drops in the weights, their master and their momentum."""
+    for tensor in (param, *(state.get(k) for k in ("ham_master", "exp_avg", "momentum_buffer"))):
+        if tensor is not None:
+            held = _local(tensor).detach()
+            cpu.mirror_(
+                [held], [held], masks=[_local(state["ham_mask"])], a=[0.0], b=0.0, clamp=1.0
+            )
 
 
 def _placed(key: str, value: Tensor, param: Tensor) -> Tensor:
-    """A saved tensor of `param`'s state as the running optimizer has it, copied."""
-    if key == "step":
-        device = param.device if base_step.is_fused(param) else "cpu"
-        return value.to(device=device, dtype=torch.float32, copy=True)
-    dtype = torch.float32 if param.dtype in LOW_PRECISION else param.dtype
-    dtype = torch.bool if key == "ham_mask" else dtype
-    return torch.empty_like(param, dtype=dtype).copy_(value)
+    """A saved tensor as the running optimizer holds it: copied, in its dtype and memory order."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.empty_like(param, dtype=torch.bool if key == "ham_mask" else dtype).copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a distributed tensor that lies here; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _over_shards(norms: tuple[float, float, int], param: Tensor) -> tuple[float, float, int]:
+    """Sums over all shards of a distributed parameter; of any other, as they are."""
+    if not hasattr(param, "to_local"):
+        return norms
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(param, DTensor)
+    placements = [Partial() if place.is_shard() else Replicate() for place in param.placements]
+    here = torch.tensor(norms, dtype=torch.float64, device=_local(param).device)
+    total = DTensor.from_local(here, param.device_mesh, placements).full_tensor().tolist()
+    return total[0], total[1], int(total[2])
