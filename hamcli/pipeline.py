@@ -658,12 +658,24 @@ class _Worker:
             seconds=round(seconds, 1),
             ham_moved_fraction=_mean(moved),
             sign_flips=sign_flips(dense, self.targets.params),
-            curves=Curves.from_rows([asdict(record) for record in self.records], limit=500),
+            curves=Curves.from_rows(curve_rows(self.records), limit=500),
             ham=ham if is_on else None,
             batch_size=training.batch_size * training.accumulation,
             objective=objective.description,
             optimizer=self.recipe.optimizer.base,
         )
+
+
+def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """A row a step; between two measured mirror steps the last one's exponents hold."""
+    rows = []
+    held: dict[str, Any] = {}
+    for record in records:
+        row = asdict(record)
+        measured = {key: row[key] for key in ("exponent_mean", "exponent_max")}
+        held = measured if record.exponent_mean is not None else held
+        rows.append({**row, **held})
+    return rows
 
 
 def _mean(values: Sequence[float]) -> float | None:

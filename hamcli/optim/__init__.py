@@ -1,4 +1,4 @@
-"""HAM's optimizer. Imports nothing else of ours; could be lifted out as a package."""
+"""The optimizer: HAM around AdamW, Adam or SGD, and its mirror step alone."""
 
 from hamcli.optim.ham import HAM, ExponentStatistics, ham_step_
 

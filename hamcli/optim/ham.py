@@ -1,47 +1,69 @@
-"""HAM as a torch optimizer: base step, mirror step, mask.
+"""HAM as a torch optimizer: groups, state, masks, and which backend does the arithmetic.
 
-Source: Hyperbolic Aware Minimization, ICLR 2026 (arXiv 2506.02630). Where we differ from the
-published wrapper: `expm1` instead of `exp`, so that small exponents survive fp32; the decay
-lr * beta is summed up per group and applied when it reaches 2^-12, since alone it is below the
-resolution of fp32; alpha may be found by calibration or per tensor (`scaling`).
+Each step: base step, mirror step on the mirrored weights, mask; `rule` has the equations. How
+strong the mirror step is, `alpha`, `scaling` and `strength` say:
+
+    raw         alpha as given: the paper's rule
+    calibrated  alpha = strength / (lr_peak * mean|g|), one number for all groups: at the peak
+                learning rate the mean |exponent| is `strength`, on every model. The mean runs over
+                the first ten steps, each of which uses the mean so far, and is then frozen
+    normalised  alpha = strength / (lr_peak * rms(g)) for each tensor, anew on every step. Ours,
+                not the paper's
+
+In fp32 a decay of lr * beta = 1e-8 a step is below the last digit of every weight, and would be
+lost. Hence the decay of a step is
+
+    b = lr * beta + u(step) - u(step - 1),    u between 0 and the dtype's epsilon
+
+with u a fixed pseudo-random sequence. The differences cancel in the sum, so that the weights shrink
+by exp(-sum of lr * beta), and they shake every weight by about its last digit, so that the rounding
+errors of many steps average out instead of all going one way. It costs no memory and no time.
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.optim.adam import adam
-from torch.optim.adamw import adamw
-from torch.optim.sgd import sgd
 
-from hamcli.optim import cpu, rule
+from hamcli.optim import cpu, plain
 
-Scaling = Literal["auto", "raw", "calibrated", "normalised"]
-
-BETA = 1e-3  # METHODS: its total log-shrink is beta * sum of lr
-STRENGTH = {"calibrated": 0.004, "normalised": 0.008}  # mean |exponent| a step at peak lr
-CLAMP = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}
+ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
+BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
+CLAMPS = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
+STRENGTHS = {"calibrated": 0.004, "normalised": 0.008}
+WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
+BACKENDS = ("auto", "rule", "cpu", "gpu")
 CALIBRATION_STEPS = 10
-GUARD_MEAN = 0.05  # a mean |exponent| above it collapses tensors
-MIN_DECAY = 2.0**-12  # exact enough in fp32: 2^-12 is 2,048 times its resolution
+GUARD_EVERY = 10  # steps
+GUARD_LIMIT = 0.05  # a mean |exponent| above it lets tensors collapse
 LOW_PRECISION = (torch.bfloat16, torch.float16)
-DEFAULT_DECAY = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}
+
+Base = Literal["adamw", "adam", "sgd"]
+Scaling = Literal["auto", "raw", "calibrated", "normalised"]
+Backend = Literal["auto", "rule", "cpu", "gpu"]
+
+
+def choose_automatic_scaling() -> tuple[Literal["calibrated", "normalised"], float]:
+    """What `scaling="auto"` means where alpha is not given: a scaling and its strength."""
+    return "calibrated", 0.004
 
 
 @dataclass(frozen=True, slots=True)
 class ExponentStatistics:
-    """What one mirror step did, over all mirrored weights that are not zero.
+    """The mirror step of one step, over the mirrored weights that are kept and not zero.
 
     Attributes:
-        mean: Mean of |exponent|.
+        mean: Mean of |exponent|, after the clamp.
         max: Greatest |exponent|.
-        moved_fraction: Share of the weights whose stored value changed.
-        clamped_fraction: Share of the exponents cut at the clamp.
-        alpha: alpha in force; None where it differs between groups or tensors.
-        guard_events: How often the guard has halved alpha so far.
+        moved_fraction: Share of the weights that the mirror step changed; 0 means it did nothing.
+        clamped_fraction: Share of the exponents at the clamp.
+        alpha: Alpha of that step; None where groups or tensors have their own.
+        guard_events: How often so far alpha was halved because exponents were too large or not
+            finite.
     """
 
     mean: float
@@ -52,43 +74,62 @@ class ExponentStatistics:
     guard_events: int
 
 
+@dataclass(slots=True)
+class _Batch:
+    """Parameters of one group that one call of a backend steps, and what belongs to each."""
+
+    is_mirrored: bool
+    is_first_step: bool
+    backend: ModuleType
+    params: list[Tensor] = field(default_factory=list)  # as the user holds them
+    weights: list[Tensor] = field(default_factory=list)  # the parameters, or their fp32 masters
+    grads: list[Tensor] = field(default_factory=list)
+    masks: list[Tensor | None] = field(default_factory=list)
+    rounded: list[Tensor | None] = field(default_factory=list)
+    states: list[dict[str, Any]] = field(default_factory=list)
+
+
 class HAM(torch.optim.Optimizer):
     """AdamW, Adam or SGD, each step followed by HAM's mirror step and the masks.
 
-    Order: base step -> mirror step on parameters with two or more dimensions -> mask. Clip before
-    the step: the mirror step sees the gradient that the base step saw. With alpha = beta = 0 it is
-    torch's own (fused) optimizer bit for bit. Non-finite gradients are the caller's to refuse.
-    fp16 and bf16 weights get fp32 masters in the state; the weight is their rounded copy.
+    HAM: arXiv 2506.02630, ICLR 2026. Order: base step -> mirror step -> mask. Clip before the step
+    and refuse non-finite gradients yourself: the mirror step sees the gradient that the base step
+    saw. With alpha = beta = 0 it is torch's own optimizer bit for bit: the fused one on a CPU.
+    fp16 and bf16 weights get fp32 masters in the state, and are the rounded copies of these.
 
     Args:
-        params: Parameters or groups. A group may say `mirror=False`, or have its own alpha, beta,
-            scaling, strength, clamp and lr_peak.
-        base: The base optimizer; its arguments default as torch's.
-        lr: Learning rate; also the peak that `strength` refers to unless a group has `lr_peak`.
-        weight_decay: Decoupled for adamw, an L2 term otherwise; None = torch's default.
+        params: Parameters, or groups. Those with two or more dimensions are mirrored, unless the
+            group says `mirror=False`. A group may have its own alpha, beta, scaling, strength,
+            clamp and lr_peak, and its own arguments of the base optimizer.
+        base: The base optimizer. Its arguments default as torch's own.
+        lr: Learning rate. At construction also `lr_peak`, the learning rate that `strength` refers
+            to, unless the group gives it.
+        weight_decay: Decoupled for adamw, else added to the gradient; None for torch's default.
         betas: Of adamw and adam.
         eps: Of adamw and adam.
         momentum: Of sgd.
         nesterov: Of sgd.
-        alpha: At least 0, or "auto": found by `scaling`.
-        beta: At least 0, or "auto": 1e-3.
-        scaling: "raw": alpha as given. "calibrated": alpha = strength / (lr_peak * mean|g|), the
-            mean over the first ten steps. "normalised" (not the paper's): each tensor's gradient
-            over its root mean square, times strength. "auto": raw for a given alpha, else
-            calibrated.
-        strength: Mean |exponent| of a step at peak lr that calibrated and normalised aim at.
-        clamp: Limit of |exponent|; None = 5 for raw, 0.1 otherwise.
-        backend: "auto" and "cpu": cache-blocked torch; "rule": the oracle.
+        alpha: Pull along the gradient, 0 or more; "auto" leaves it to `scaling`.
+        beta: Pull towards zero, 0 or more; "auto" is 1e-3.
+        scaling: See the module. "auto" is raw where alpha is a number, else
+            `choose_automatic_scaling`.
+        strength: Mean |exponent| of a step at `lr_peak`, about; None for the scaling's own.
+        clamp: Greatest |exponent|; None for 5 when raw, else 0.1.
+        backend: Which form of the step runs: "cpu", "gpu", the slow "rule", or what suits the
+            device of each parameter.
 
     Raises:
-        ValueError: An argument is out of range, or a parameter is complex.
+        ValueError: An argument is out of range, or contradicts another, or a parameter is complex.
     """
+
+    # An optimizer that declares this gets infinite gradients from GradScaler, to skip in a kernel.
+    _step_supports_amp_scaling = False
 
     def __init__(
         self,
         params: Iterable[Any],
         *,
-        base: Literal["adamw", "adam", "sgd"] = "adamw",
+        base: Base = "adamw",
         lr: float = 1e-3,
         weight_decay: float | None = None,
         betas: tuple[float, float] = (0.9, 0.999),
@@ -100,257 +141,320 @@ class HAM(torch.optim.Optimizer):
         scaling: Scaling = "auto",
         strength: float | None = None,
         clamp: float | None = None,
-        backend: Literal["auto", "rule", "cpu", "gpu"] = "auto",
+        backend: Backend = "auto",
     ) -> None:
-        if base not in DEFAULT_DECAY:
-            raise ValueError(f"base is {base!r}: must be adamw, adam or sgd")
-        if backend not in ("auto", "rule", "cpu"):
-            raise ValueError(f"backend is {backend!r}: here are auto, rule and cpu")
-        if nesterov and momentum <= 0:
-            raise ValueError("nesterov needs momentum above 0")
-        self._base = base
-        self._backend = backend
-        self._measure = False
-        self._statistics: ExponentStatistics | None = None
+        _require(base in WEIGHT_DECAYS, f"base is {base!r}: adamw, adam or sgd is needed")
+        _require(backend in BACKENDS, f"backend is {backend!r}: one of {', '.join(BACKENDS)}")
+        _require(base == "sgd" or not momentum, f"momentum is of sgd, not of {base}")
         defaults = {
             "lr": lr,
-            "weight_decay": DEFAULT_DECAY[base] if weight_decay is None else weight_decay,
-            "betas": tuple(betas),
+            "weight_decay": WEIGHT_DECAYS[base] if weight_decay is None else weight_decay,
+            "betas": betas,
             "eps": eps,
             "momentum": momentum,
             "nesterov": nesterov,
-            "mirror": True,
             "alpha": alpha,
             "beta": beta,
             "scaling": scaling,
             "strength": strength,
             "clamp": clamp,
-            "lr_peak": None,
-            "ham_alpha": None,
-            "ham_gradient_sum": 0.0,
-            "ham_calibrated": 0,
-            "ham_decay_due": 0.0,
-            "ham_guard_events": 0,
+            "mirror": True,
+            "base": base,
         }
+        self._begin(base, backend)
         super().__init__(params, defaults)
-        # Otherwise GradScaler calls step() with infinite gradients and leaves the skipping to a
-        # fused kernel, and the mirror step would run on them.
-        self._step_supports_amp_scaling = False
+
+    def _begin(self, base: Base, backend: Backend) -> None:
+        self._base = base
+        self._backend = backend
+        self._is_measured = False
+        self._statistics: ExponentStatistics | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "ham": (self._base, self._backend)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        state = dict(state)
+        if "ham" in state:
+            self._begin(*state.pop("ham"))
+        super().__setstate__(state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, checked and with its scaling resolved."""
+        """Add a group; its options are checked and the automatic ones settled.
+
+        Raises:
+            ValueError: As for the class.
+        """
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        _resolve(group)
-        for param in group["params"]:
-            if param.is_complex():
-                raise ValueError("HAM takes no complex parameters")
+        try:
+            _settle(self.param_groups[-1])
+        except ValueError:
+            self.param_groups.pop()
+            raise
 
-    # ---- masks ----
-
-    def set_masks(self, masks: Mapping[Tensor, Tensor | None]) -> None:
-        """Hold masks from now on: True where kept, None for no mask. Applied at once."""
-        known = {id(param) for group in self.param_groups for param in group["params"]}
-        for param, mask in masks.items():
-            if id(param) not in known:
-                raise ValueError("a mask names a parameter that this optimizer does not hold")
-            if mask is None:
-                self.state[param].pop("ham_mask", None)
-                continue
-            if mask.shape != param.shape or mask.dtype != torch.bool:
-                raise ValueError("a mask is bool and has the shape of its parameter")
-            self.state[param]["ham_mask"] = mask.to(param.device)
-            self._apply_mask(param)
-
-    def masks(self) -> dict[Tensor, Tensor]:
-        """The masks in force, True where kept."""
-        return {p: state["ham_mask"] for p, state in self.state.items() if "ham_mask" in state}
-
-    def _apply_mask(self, param: Tensor) -> None:
-        state = self.state[param]
-        keys = ("ham_master", "exp_avg", "exp_avg_sq", "momentum_buffer")
-        held = [param, *(state[key] for key in keys if state.get(key) is not None)]
-        cpu.mask_([tensor.detach() for tensor in held], [state["ham_mask"]] * len(held))
-
-    # ---- statistics ----
-
-    def measure_next_step(self) -> None:
-        """Measure the mirror step of the next `step()`; costs about one more pass."""
-        self._measure = True
-
-    def exponent_statistics(self) -> ExponentStatistics | None:
-        """The last measurement, None before the first."""
-        return self._statistics
-
-    # ---- the step ----
+    # --- the step
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Base step, mirror step, mask. Returns the closure's loss."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Base step, mirror step and mask of all parameters that have a gradient.
+
+        A masked weight is zero afterwards, with a gradient or without.
+
+        Args:
+            closure: Evaluates the model anew and returns the loss.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            ValueError: A gradient is sparse.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        sums = _Sums() if self._measure else None
-        for group in self.param_groups:
-            params = [param for param in group["params"] if param.grad is not None]
-            if any(param.grad.is_sparse for param in params):
-                raise ValueError("HAM takes no sparse gradients")
-            for batch in _by_device_and_dtype(params):
-                self._base_step(group, batch)
-            self._mirror_step(group, [p for p in params if group["mirror"] and p.dim() >= 2], sums)
-            for param in group["params"]:
-                if "ham_mask" in self.state.get(param, ()):
-                    self._apply_mask(param)
-        if sums is not None:
-            self._statistics = sums.statistics(self.param_groups)
-            self._measure = False
+        batches = [self._collect(group) for group in self.param_groups]
+        norms = [[_norms(group, batch) for batch in of_group]
+                 for group, of_group in zip(self.param_groups, batches, strict=True)]  # fmt: skip
+        _calibrate(self.param_groups, norms)
+        is_measured = self._is_measured or self._guard_is_due()
+        sums = [_no_sums() if is_measured else None for _ in self.param_groups]
+        for group, of_group, of_norms, of_sums in zip(
+            self.param_groups, batches, norms, sums, strict=True
+        ):
+            # at lr 0 nothing happens, and torch may step so merely to look at the state
+            group["ham_step"] += float(group["lr"]) > 0
+            for batch, batch_norms in zip(of_group, of_norms, strict=True):
+                self._step_batch(group, batch, batch_norms, of_sums)
+            self._mask_idle(group)
+        if is_measured:
+            found = [of_sums for of_sums in sums if of_sums is not None]
+            self._statistics = self._summarise(found)
+            self._is_measured = False
         return loss
 
-    def _weight(self, param: Tensor) -> Tensor:
-        """What is updated: the master of a low-precision parameter, else the parameter."""
-        master = self.state[param].get("ham_master")
-        return param if master is None else master
-
-    def _base_step(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        for param in params:
-            self._init_state(group, param)
-        weights = [self._weight(param).detach() for param in params]
-        grads = [_grad(param, weight) for param, weight in zip(params, weights, strict=True)]
-        states = [self.state[param] for param in params]
-        fused = weights[0].device.type in ("cpu", "cuda")
-        if self._base == "sgd":
-            self._sgd(group, weights, grads, states, fused)
-        else:
-            step = adamw if self._base == "adamw" else adam
-            beta1, beta2 = group["betas"]
-            step(
-                weights,
-                grads,
-                [state["exp_avg"] for state in states],
-                [state["exp_avg_sq"] for state in states],
-                [],
-                [state["step"] for state in states],
-                foreach=not fused,
-                fused=fused,
-                amsgrad=False,
-                beta1=beta1,
-                beta2=beta2,
-                lr=group["lr"],
-                weight_decay=group["weight_decay"],
-                eps=group["eps"],
-                maximize=False,
-            )
-        for param, weight in zip(params, weights, strict=True):
-            if weight.dtype != param.dtype:
-                param.copy_(weight)
-
-    def _sgd(
-        self,
-        group: dict[str, Any],
-        weights: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        fused: bool,
-    ) -> None:
-        has_momentum = group["momentum"] != 0.0
-        buffers = [state.get("momentum_buffer") for state in states]
-        for is_first in (True, False):  # torch's fused form takes no mixture of both
-            chosen = [i for i, buffer in enumerate(buffers) if (buffer is None) == is_first]
-            if not chosen:
+    def _collect(self, group: dict[str, Any]) -> list[_Batch]:
+        """The group's parameters that have a gradient, by what one call can take; state is made."""
+        batches: dict[tuple[Any, ...], _Batch] = {}
+        for param in group["params"]:
+            if param.grad is None:
                 continue
-            part = [buffers[i] for i in chosen]
-            sgd(
-                [weights[i] for i in chosen],
-                [grads[i] for i in chosen],
-                part,
-                foreach=not fused,
-                fused=fused,
-                weight_decay=group["weight_decay"],
-                momentum=group["momentum"],
-                lr=group["lr"],
-                dampening=0.0,
-                nesterov=group["nesterov"],
-                maximize=False,
-            )
-            if has_momentum:
-                for i, buffer in zip(chosen, part, strict=True):
-                    states[i]["momentum_buffer"] = buffer
+            _require(not param.grad.is_sparse, "HAM takes no sparse gradients")
+            state = self.state[param]
+            is_first = self._base == "sgd" and "momentum_buffer" not in state
+            self._make_state(group, param, state)
+            is_mirrored = _is_mirrored(group, param)
+            weight = _local(state.get("ham_master", param)).detach()
+            key = (is_mirrored, is_first, weight.dtype, weight.device)
+            if key not in batches:
+                batches[key] = _Batch(is_mirrored, is_first, self._backend_for(weight))
+            batch = batches[key]
+            batch.params.append(param)
+            batch.weights.append(weight)
+            batch.grads.append(_local(param.grad))
+            batch.masks.append(_local(state["ham_mask"]) if "ham_mask" in state else None)
+            batch.rounded.append(_local(param).detach() if "ham_master" in state else None)
+            batch.states.append(state)
+        return list(batches.values())
 
-    def _init_state(self, group: dict[str, Any], param: Tensor) -> None:
-        state = self.state[param]
+    def _make_state(self, group: Mapping[str, Any], param: Tensor, state: dict[str, Any]) -> None:
         if param.dtype in LOW_PRECISION and "ham_master" not in state:
-            state["ham_master"] = param.detach().float().clone()
-        if self._base != "sgd" and "step" not in state:
-            weight = self._weight(param)
-            on_device = weight.device.type == "cuda"
-            state["step"] = torch.zeros((), device=weight.device if on_device else "cpu")
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+            state["ham_master"] = param.detach().to(torch.float32, copy=True)
+        weight = state.get("ham_master", param)
+        if self._base == "sgd":
+            if group["momentum"] != 0 and "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(weight)
+        elif "step" not in state:
+            state["step"] = torch.zeros((), dtype=torch.float32)
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
 
-    def _mirror_step(
-        self, group: dict[str, Any], params: list[Tensor], sums: "_Sums | None"
+    def _backend_for(self, weight: Tensor) -> ModuleType:
+        on_cpu = weight.device.type == "cpu"
+        name = self._backend
+        if name == "rule" or (name == "auto" and on_cpu):
+            return plain if name == "rule" else cpu
+        if name == "cpu":
+            _require(on_cpu, f"backend cpu cannot step weights on {weight.device.type}")
+            return cpu
+        from hamcli.optim import gpu  # numpy and more, that a CPU has no use for
+
+        is_usable = gpu.is_usable(weight)
+        _require(
+            is_usable or name == "auto",
+            f"backend gpu needs Triton and a CUDA device; the weights are {weight.dtype} on "
+            f"{weight.device.type}",
+        )
+        return gpu if is_usable else plain
+
+    def _step_batch(
+        self,
+        group: Mapping[str, Any],
+        batch: _Batch,
+        norms: Sequence[tuple[float, float, int]],
+        sums: Tensor | None,
     ) -> None:
-        if not params or (group["alpha"] == 0.0 and group["beta"] == 0.0):
+        lr = float(group["lr"])
+        count = len(batch.weights)
+        dtype = batch.weights[0].dtype
+        common = {
+            "masks": batch.masks,
+            "rounded": batch.rounded,
+            "a": _strengths(group, norms) if batch.is_mirrored else [0.0] * count,
+            "b": _decay(group, dtype) if batch.is_mirrored else 0.0,
+            "clamp": group["clamp"],
+            "lr": lr,
+            "weight_decay": group["weight_decay"],
+            "sums": sums if batch.is_mirrored else None,
+        }
+        if self._base == "sgd":
+            buffers = [state.get("momentum_buffer") for state in batch.states]
+            batch.backend.sgd_ham_(
+                batch.weights,
+                batch.grads,
+                [None if buffer is None else _local(buffer) for buffer in buffers],
+                momentum=group["momentum"],
+                nesterov=group["nesterov"],
+                is_first_step=batch.is_first_step,
+                **common,
+            )
             return
-        weights = [self._weight(param).detach() for param in params]
-        grads = [_grad(param, weight) for param, weight in zip(params, weights, strict=True)]
-        strengths = self._strengths(group, params, grads)
-        group["ham_decay_due"] += group["lr"] * group["beta"]
-        b = group["ham_decay_due"] if group["ham_decay_due"] >= MIN_DECAY else 0.0
-        if b:
-            group["ham_decay_due"] = 0.0
-        for weight, grad, a in zip(weights, grads, strengths, strict=True):
-            before = weight.clone() if sums is not None else None
-            if self._backend == "rule":
-                made = rule.mirror_step(weight, grad, a=a, b=b, clamp=group["clamp"])
-                weight.copy_(made)
-            else:
-                cpu.mirror_step_([weight], [grad], [a], b=b, clamp=group["clamp"])
-            if sums is not None and before is not None:
-                sums.add(before, weight, grad, a, b, group["clamp"])
-        for param, weight in zip(params, weights, strict=True):
-            if weight.dtype != param.dtype:
-                param.copy_(weight)
+        beta1, beta2 = group["betas"]
+        for state in batch.states:
+            state["step"] += 1
+        batch.backend.adam_ham_(
+            batch.weights,
+            batch.grads,
+            [_local(state["exp_avg"]) for state in batch.states],
+            [_local(state["exp_avg_sq"]) for state in batch.states],
+            [state["step"] for state in batch.states],
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            decoupled=self._base == "adamw",
+            **common,
+        )
 
-    def _strengths(
-        self, group: dict[str, Any], params: Sequence[Tensor], grads: Sequence[Tensor]
-    ) -> list[float]:
-        """A = lr * alpha of each tensor."""
-        if group["scaling"] == "raw":
-            return [group["lr"] * group["alpha"]] * len(grads)
-        lr_share = group["lr"] / group["lr_peak"]
-        if group["scaling"] == "normalised":
-            scales = [self._rms(p, g) for p, g in zip(params, grads, strict=True)]
-            eta = group["strength"] * lr_share
-            return [eta / scale if scale > 0 else 0.0 for scale in scales]
-        total = sum(float(norm) for norm in torch._foreach_norm(list(grads), 1))
-        mean = total / sum(grad.numel() for grad in grads)
-        _calibrate(group, mean)
-        return [group["lr"] * group["ham_alpha"]] * len(grads)
+    # --- statistics and the guard
 
-    def _rms(self, param: Tensor, grad: Tensor) -> float:
-        mask = self.state[param].get("ham_mask")
-        if mask is None:
-            return float(grad.norm()) / math.sqrt(max(1, grad.numel()))
-        kept = int(mask.count_nonzero())
-        return float(torch.where(mask, grad, 0.0).norm()) / math.sqrt(max(1, kept))
+    def measure_next_step(self) -> None:
+        """Measure the exponents of the next step; it changes no number of the training."""
+        self._is_measured = True
+
+    def exponent_statistics(self) -> ExponentStatistics | None:
+        """The last measured step; None before there is one.
+
+        Besides the steps that `measure_next_step` asks for, every tenth one is measured where a
+        group is calibrated: the guard needs it.
+        """
+        return self._statistics
+
+    def _guard_is_due(self) -> bool:
+        """Whether the coming step is one after which the guard looks."""
+        return any(
+            _is_guarded(group) and (group["ham_step"] + 1) % GUARD_EVERY == 0
+            for group in self.param_groups
+        )
+
+    def _summarise(self, sums: Sequence[Tensor]) -> ExponentStatistics:
+        """The statistics of the step just done; then the guard acts, for the next one."""
+        found = [of_group.tolist() for of_group in sums]
+        groups = self.param_groups
+        alphas = {_alpha(group) for group in groups if _has_mirrored(group)}
+        guarded = [f for f, group in zip(found, groups, strict=True) if _is_guarded(group)]
+        size = sum(f[0] for f in guarded) / max(sum(f[3] for f in guarded), 1)
+        if not size <= GUARD_LIMIT:
+            for group in groups:
+                if _is_guarded(group):
+                    group["ham_alpha_factor"] /= 2
+                    group["ham_guard_events"] += 1
+        count = max(sum(f[3] for f in found), 1)
+        return ExponentStatistics(
+            mean=sum(f[0] for f in found) / count,
+            max=max((f[4] for f in found), default=0.0),
+            moved_fraction=sum(f[1] for f in found) / count,
+            clamped_fraction=sum(f[2] for f in found) / count,
+            alpha=alphas.pop() if len(alphas) == 1 else None,
+            guard_events=max(group["ham_guard_events"] for group in groups),
+        )
+
+    # --- masks
+
+    @torch.no_grad()
+    def set_masks(self, masks: Mapping[Tensor, Tensor | None]) -> None:
+        """Hold weights at zero, from now on and after every step.
+
+        Args:
+            masks: Parameter to bool mask of its shape, True where the weight is kept; None lifts
+                its mask. Parameters not named keep theirs. Weights that are dropped, and their
+                momentum, are zeroed at once. The masks are copied.
+
+        Raises:
+            ValueError: A parameter is not this optimizer's, a mask is not bool or of another shape.
+        """
+        ours = {param for group in self.param_groups for param in group["params"]}
+        for param, mask in masks.items():
+            _require(param in ours, "a mask names a parameter that this optimizer does not hold")
+            if mask is not None:
+                _require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
+                _require(
+                    mask.shape == param.shape,
+                    f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(param.shape)}",
+                )
+        for param, mask in masks.items():
+            state = self.state[param]
+            if mask is None:
+                state.pop("ham_mask", None)
+                continue
+            # in the memory order of the weights, so that no step has to turn it
+            state["ham_mask"] = torch.empty_like(param, dtype=torch.bool).copy_(mask)
+            _mask_(param, state)
+
+    def masks(self) -> dict[Tensor, Tensor]:
+        """The masks in force, True where the weight is kept."""
+        return {p: state["ham_mask"] for p, state in self.state.items() if "ham_mask" in state}
+
+    def _mask_idle(self, group: Mapping[str, Any]) -> None:
+        """Mask the parameters that this step did not touch."""
+        for param in group["params"]:
+            if param.grad is None and "ham_mask" in self.state.get(param, {}):
+                _mask_(param, self.state[param])
+
+    # --- state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load; masks stay bool and masters stay fp32, whatever the parameter's dtype."""
-        super().load_state_dict(state_dict)
-        saved = state_dict["state"]
-        order = [index for group in state_dict["param_groups"] for index in group["params"]]
-        held = [param for group in self.param_groups for param in group["params"]]
-        for index, param in zip(order, held, strict=True):
-            for key, value in saved.get(index, {}).items():
-                if isinstance(value, Tensor) and key != "step":  # torch casts to param.dtype
-                    self.state[param][key] = value.detach().clone().to(param.device)
+        """Load what `state_dict` gave: the run goes on bit for bit, on the same backend.
+
+        Raises:
+            ValueError: It is another base optimizer's, or groups or their sizes differ.
+        """
+        loaded: list[dict[str, Any]] = []
+
+        def look(_: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+            loaded.append(state)
+
+        handle = self.register_load_state_dict_pre_hook(look)
+        try:
+            for group in state_dict["param_groups"]:
+                base = group.get("base")
+                _require(base == self._base, f"the state is of base {base}, not of {self._base}")
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch casts state to the parameter's dtype: masks and masters would be lost
+        final = loaded[-1]
+        saved = [index for group in final["param_groups"] for index in group["params"]]
+        params = [param for group in self.param_groups for param in group["params"]]
+        for index, param in zip(saved, params, strict=True):
+            for key, value in final["state"].get(index, {}).items():
+                if isinstance(value, Tensor) and key != "step":
+                    self.state[param][key] = _placed(key, value, param)
 
 
+@torch.no_grad()
 def ham_step_(
     params: Sequence[Tensor],
-    grads: Sequence[Tensor],
+    grads: Sequence[Tensor | None],
     *,
     lr: float,
     alpha: float,
@@ -358,120 +462,212 @@ def ham_step_(
     clamp: float = 5.0,
     masks: Sequence[Tensor | None] | None = None,
 ) -> None:
-    """HAM's mirror step, in place, after the step of any optimizer (arXiv 2506.02630).
+    """The mirror step of HAM alone, in place, for the post-step hook of any optimizer.
 
-    w <- w * exp(clamp(-lr * (alpha * sign(w) * g + beta))), then the masks.
+    w <- w * exp(clamp(-lr * (alpha * sign(w) * g + beta), -clamp, clamp)), then the mask (arXiv
+    2506.02630), computed in fp32 at least and rounded once. Stateless, hence what rounding drops is
+    lost: exponents below about 2e-3 in bf16, below 3e-8 in fp32. `HAM` keeps the decay.
 
     Args:
-        params: Weights after the base step, fp32 or wider for small exponents to count.
-        grads: The gradients that the base step used.
-        lr: Learning rate of the step.
-        alpha: Strength of the gradient term, at least 0.
-        beta: Pull towards zero, at least 0.
-        clamp: Limit of |exponent|.
-        masks: True where kept, None where there is none.
+        params: Weights after the base optimizer's step. Written.
+        grads: The gradients that step used; where None only the mask acts.
+        lr: Learning rate of this step.
+        alpha: Pull along the gradient; 200 in the paper.
+        beta: Pull towards zero; 1e-3 in the paper.
+        clamp: Greatest |exponent|.
+        masks: Bool, True where kept, or None where all are; one for each parameter.
+
+    Example:
+        >>> def mirror(optimizer, args, kwargs):
+        ...     for group in optimizer.param_groups:
+        ...         ws = [p for p in group["params"] if p.ndim >= 2]
+        ...         ham_step_(ws, [w.grad for w in ws], lr=group["lr"], alpha=200, beta=1e-3)
+        >>> handle = torch.optim.AdamW(model.parameters()).register_step_post_hook(mirror)
     """
-    weights = [param.detach() for param in params]
-    cpu.mirror_step_(weights, grads, [lr * alpha] * len(weights), b=lr * beta, clamp=clamp)
-    if masks is not None:
-        cpu.mask_(weights, masks)
-
-
-def _resolve(group: dict[str, Any]) -> None:
-    """Check a group's words and turn "auto" and None into what they mean."""
-    for key in ("lr", "weight_decay", "eps"):
-        if not (math.isfinite(group[key]) and group[key] >= 0):
-            raise ValueError(f"{key} is {group[key]!r}: must be finite and at least 0")
-    if group["scaling"] == "auto":
-        group["scaling"] = "calibrated" if group["alpha"] == "auto" else "raw"
-    if group["scaling"] not in CLAMP:
-        raise ValueError(f"scaling is {group['scaling']!r}: auto, raw, calibrated or normalised")
-    if group["scaling"] == "raw" and group["alpha"] == "auto":
-        group["alpha"] = 200.0  # the published default
-    group["beta"] = BETA if group["beta"] == "auto" else group["beta"]
-    for key in ("alpha", "beta"):
-        value = group[key]
-        if value != "auto" and not (math.isfinite(value) and value >= 0):
-            raise ValueError(f'{key} is {value!r}: must be "auto" or finite and at least 0')
-    if group["scaling"] != "raw" and group["alpha"] not in ("auto", 0.0):
-        raise ValueError(f"alpha {group['alpha']} is raw: scaling {group['scaling']} finds its own")
-    if group["alpha"] == 0.0:
-        group["scaling"] = "raw"
-    if group["strength"] is None:
-        group["strength"] = STRENGTH.get(group["scaling"])
-    if group["clamp"] is None:
-        group["clamp"] = CLAMP[group["scaling"]]
-    if group["lr_peak"] is None:
-        group["lr_peak"] = group["lr"]
-    if group["scaling"] != "raw" and group["lr_peak"] <= 0:
-        raise ValueError("lr_peak must be above 0: it is what strength refers to")
-
-
-def _calibrate(group: dict[str, Any], mean: float) -> None:
-    """Alpha from the mean gradient seen so far, for the first ten steps; then the guard alone."""
-    if group["ham_calibrated"] < CALIBRATION_STEPS and math.isfinite(mean) and mean > 0:
-        group["ham_gradient_sum"] += mean
-        group["ham_calibrated"] += 1
-        average = group["ham_gradient_sum"] / group["ham_calibrated"]
-        group["ham_alpha"] = group["strength"] / (group["lr_peak"] * average)
-    if group["ham_alpha"] is None:
-        group["ham_alpha"] = 0.0
-    for _ in range(64):
-        if group["lr"] * group["ham_alpha"] * mean <= GUARD_MEAN:
-            break
-        group["ham_alpha"] /= 2
-        group["ham_guard_events"] += 1
-
-
-def _grad(param: Tensor, weight: Tensor) -> Tensor:
-    assert param.grad is not None
-    return param.grad.detach().to(weight.dtype)
-
-
-def _by_device_and_dtype(params: Sequence[Tensor]) -> list[list[Tensor]]:
-    """Parameters that one call of the base step can take."""
-    made: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for param in params:
-        made.setdefault((param.device, param.dtype), []).append(param)
-    return list(made.values())
-
-
-class _Sums:
-    """Adds up what a measured mirror step did."""
-
-    def __init__(self) -> None:
-        self.total = self.moved = self.clamped = 0
-        self.absolute = self.greatest = 0.0
-
-    def add(
-        self, before: Tensor, after: Tensor, grad: Tensor, a: float, b: float, clamp: float
-    ) -> None:
-        """One tensor, its weights before and after."""
-        alive = before != 0
-        raw = (a * torch.sign(before) * grad + b).abs()
-        size = torch.where(alive, raw.clamp(max=clamp), 0.0)
-        self.total += int(alive.count_nonzero())
-        self.moved += int((before != after).count_nonzero())
-        self.clamped += int(((raw > clamp) & alive).count_nonzero())
-        self.absolute += float(size.sum(dtype=torch.float64))
-        self.greatest = max(self.greatest, float(size.max()) if size.numel() else 0.0)
-
-    def statistics(self, groups: Sequence[dict[str, Any]]) -> ExponentStatistics:
-        """The record of the step."""
-        total = max(1, self.total)
-        found = {_alpha(group) for group in groups if group["mirror"]}
-        return ExponentStatistics(
-            mean=self.absolute / total,
-            max=self.greatest,
-            moved_fraction=self.moved / total,
-            clamped_fraction=self.clamped / total,
-            alpha=found.pop() if len(found) == 1 else None,
-            guard_events=sum(group["ham_guard_events"] for group in groups),
+    triples = zip(params, grads, masks or [None] * len(params), strict=True)
+    for param, grad, mask in triples:
+        cpu.mirror_(
+            [_local(param).detach()],
+            [_local(param if grad is None else grad).detach()],
+            masks=[None if mask is None else _local(mask)],
+            a=[0.0 if grad is None else lr * alpha],
+            b=0.0 if grad is None else lr * beta,
+            clamp=clamp,
         )
 
 
-def _alpha(group: dict[str, Any]) -> float | None:
+def _require(holds: bool, what: str) -> None:
+    if not holds:
+        raise ValueError(what)
+
+
+def _settle(group: dict[str, Any]) -> None:
+    """Check a group's options, decide those that are automatic, begin its counters."""
+    alpha, scaling = group["alpha"], group["scaling"]
+    _require(scaling in ("auto", *CLAMPS), f"scaling is {scaling!r}: auto, {', '.join(CLAMPS)}")
+    if alpha != "auto":
+        _require(
+            scaling in ("auto", "raw") or alpha == 0,
+            f"alpha is {alpha}, but scaling {scaling} finds its own: give strength instead",
+        )
+        scaling = "raw"
+    elif scaling == "auto":
+        scaling, strength = choose_automatic_scaling()
+        group["strength"] = strength if group["strength"] is None else group["strength"]
+    elif scaling == "raw":
+        group["alpha"] = ALPHA_PUBLISHED
+    group["scaling"] = scaling
+    group["beta"] = BETA_PUBLISHED if group["beta"] == "auto" else group["beta"]
+    group["clamp"] = CLAMPS[scaling] if group["clamp"] is None else group["clamp"]
+    if group["strength"] is None:
+        group["strength"] = STRENGTHS.get(scaling)
+    group.setdefault("lr_peak", float(group["lr"]))
+    _check(group)
+    for key, start in (
+        ("ham_step", 0),
+        ("ham_calibration_steps", 0),
+        ("ham_grad_mean", 0.0),
+        ("ham_alpha_factor", 1.0),
+        ("ham_guard_events", 0),
+    ):
+        group.setdefault(key, start)
+
+
+def _check(group: Mapping[str, Any]) -> None:
+    """Refuse what is out of range, NaN among it."""
+    at_least_0 = ["lr", "lr_peak", "weight_decay", "eps", "momentum", "beta"]
+    at_least_0.append("alpha" if group["scaling"] == "raw" else "strength")
+    for name in at_least_0:
+        _require(0 <= group[name] < math.inf, f"{name} is {group[name]}: 0 or more is needed")
+    _require(
+        all(0 <= number < 1 for number in group["betas"]),
+        f"betas are {group['betas']}: 0 or more and below 1 is needed",
+    )
+    _require(group["clamp"] > 0, f"clamp is {group['clamp']}: more than 0 is needed")
+    _require(not group["nesterov"] or group["momentum"] > 0, "nesterov needs a momentum above 0")
+    for param in group["params"]:
+        _require(not param.is_complex(), "HAM takes no complex parameters")
+
+
+def _is_mirrored(group: Mapping[str, Any], param: Tensor) -> bool:
+    return bool(group["mirror"]) and param.dim() >= 2
+
+
+def _has_mirrored(group: Mapping[str, Any]) -> bool:
+    return any(_is_mirrored(group, param) for param in group["params"])
+
+
+def _is_guarded(group: Mapping[str, Any]) -> bool:
+    return group["scaling"] == "calibrated" and _has_mirrored(group)
+
+
+def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, int]]:
+    """Sum of |g|, sum of g squared and their number, of each tensor; empty where nobody asks."""
+    calibrates = (
+        group["scaling"] == "calibrated" and group["ham_calibration_steps"] < CALIBRATION_STEPS
+    )
+    if not batch.is_mirrored or not (calibrates or group["scaling"] == "normalised"):
+        return [(0.0, 0.0, 0)] * len(batch.params)
+    return [
+        _over_shards(cpu.kept_norms(grad, mask), param)
+        for param, grad, mask in zip(batch.params, batch.grads, batch.masks, strict=True)
+    ]
+
+
+def _calibrate(
+    groups: Sequence[dict[str, Any]], norms: Sequence[Sequence[Sequence[tuple[float, float, int]]]]
+) -> None:
+    """Take this step's mean |g| over all calibrated groups into their running means."""
+    found = [
+        (group, [norm for of_batch in of_group for norm in of_batch])
+        for group, of_group in zip(groups, norms, strict=True)
+        if group["scaling"] == "calibrated"
+    ]
+    total = math.fsum(norm[0] for _, of_group in found for norm in of_group)
+    count = sum(norm[2] for _, of_group in found for norm in of_group)
+    if count == 0 or not 0 < total < math.inf:
+        return
+    for group, _ in found:
+        done = group["ham_calibration_steps"]
+        if done < CALIBRATION_STEPS:
+            group["ham_grad_mean"] += (total / count - group["ham_grad_mean"]) / (done + 1)
+            group["ham_calibration_steps"] = done + 1
+
+
+def _alpha(group: Mapping[str, Any]) -> float | None:
+    """Alpha of a group now; None where each tensor has its own."""
     if group["scaling"] == "raw":
         return float(group["alpha"])
-    found = group["ham_alpha"]
-    return None if found is None else float(found)
+    if group["scaling"] == "normalised":
+        return None
+    scale = group["lr_peak"] * group["ham_grad_mean"]
+    # with no gradient seen there is nothing to scale by, and nothing to do
+    return float(group["ham_alpha_factor"] * group["strength"] / scale) if scale > 0 else 0.0
+
+
+def _strengths(group: Mapping[str, Any], norms: Sequence[tuple[float, float, int]]) -> list[float]:
+    """The factor a = lr * alpha of each tensor."""
+    lr = float(group["lr"])
+    alpha = _alpha(group)
+    if alpha is not None:
+        return [lr * alpha] * len(norms)
+    eta = group["strength"] * lr / group["lr_peak"] if group["lr_peak"] > 0 else 0.0
+    return [
+        eta / math.sqrt(squares / count) if 0 < squares < math.inf else 0.0
+        for _, squares, count in norms
+    ]
+
+
+def _decay(group: Mapping[str, Any], dtype: torch.dtype) -> float:
+    """The decay b of this step; see the module."""
+    decay = float(group["lr"]) * float(group["beta"])
+    if decay == 0:
+        return 0.0
+    step = group["ham_step"]
+    return decay + torch.finfo(dtype).eps * (_uniform(step) - _uniform(step - 1))
+
+
+def _uniform(index: int) -> float:
+    """A number in [0, 1) that looks random: splitmix64 (Steele, Lea, Flood 2014) of `index`."""
+    word = (index * 0x9E3779B97F4A7C15) % 2**64
+    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (word ^ (word >> 31)) / 2.0**64
+
+
+def _no_sums() -> Tensor:
+    return torch.zeros(cpu.NUM_SUMS, dtype=torch.float64)
+
+
+def _mask_(param: Tensor, state: Mapping[str, Any]) -> None:
+    """Zero what the mask drops in the weights, their master and their momentum."""
+    for tensor in (param, *(state.get(k) for k in ("ham_master", "exp_avg", "momentum_buffer"))):
+        if tensor is not None:
+            held = _local(tensor).detach()
+            cpu.mirror_(
+                [held], [held], masks=[_local(state["ham_mask"])], a=[0.0], b=0.0, clamp=1.0
+            )
+
+
+def _placed(key: str, value: Tensor, param: Tensor) -> Tensor:
+    """A saved tensor as the running optimizer holds it: copied, in its dtype and memory order."""
+    dtype = torch.promote_types(param.dtype, torch.float32)
+    return torch.empty_like(param, dtype=torch.bool if key == "ham_mask" else dtype).copy_(value)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a distributed tensor that lies here; any other tensor itself."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _over_shards(norms: tuple[float, float, int], param: Tensor) -> tuple[float, float, int]:
+    """Sums over all shards of a distributed parameter; of any other, as they are."""
+    if not hasattr(param, "to_local"):
+        return norms
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    assert isinstance(param, DTensor)
+    placements = [Partial() if place.is_shard() else Replicate() for place in param.placements]
+    here = torch.tensor(norms, dtype=torch.float64, device=_local(param).device)
+    total = DTensor.from_local(here, param.device_mesh, placements).full_tensor().tolist()
+    return total[0], total[1], int(total[2])

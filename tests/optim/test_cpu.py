@@ -1,0 +1,299 @@
+"""The list forms against the rule in float64, and their base steps against torch's fused ones."""
+
+import math
+
+import pytest
+import torch
+
+from hamcli.optim import cpu, ham_step_, plain, rule
+from tests.optim.numbers import bits, normal, ulps
+
+SHAPES = [(70, 513), (33,), (1, 1), (0, 3), (5, 4, 3, 3)]
+FORMS = {"cpu": cpu, "rule": plain}
+ADAM = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
+SGD = {"lr": 0.1}
+
+
+def weights(dtype=torch.float32):
+    return [normal(*shape, seed=i, scale=0.05, dtype=dtype) for i, shape in enumerate(SHAPES)]
+
+
+def gradients(step, scale=1e-3, dtype=torch.float32):
+    return [
+        normal(*shape, seed=100 * step + i, scale=scale, dtype=dtype)
+        for i, shape in enumerate(SHAPES)
+    ]
+
+
+def some_masks():
+    return [normal(*shape, seed=50 + i) > 0 if i != 1 else None for i, shape in enumerate(SHAPES)]
+
+
+def run_adam(form, ws, steps, *, decoupled=True, weight_decay=0.0, alpha=0.0, beta=0.0, clamp=5.0,
+             masks=None, rounded=None, sums=None, grads=gradients):  # fmt: skip
+    """`steps` steps of a form; returns the first moments."""
+    m, v = [torch.zeros_like(w) for w in ws], [torch.zeros_like(w) for w in ws]
+    counts = [torch.zeros(()) for _ in ws]
+    for step in range(1, steps + 1):
+        for count in counts:
+            count.fill_(step)
+        form.adam_ham_(
+            ws, grads(step), m, v, counts, masks=masks or [None] * len(ws),
+            rounded=rounded or [None] * len(ws), a=[1e-2 * alpha] * len(ws), b=1e-2 * beta,
+            clamp=clamp, weight_decay=weight_decay, decoupled=decoupled, sums=sums, **ADAM,
+        )  # fmt: skip
+    return m
+
+
+def exact_adam(ws, steps, *, decoupled, weight_decay, alpha, beta, clamp=5.0, masks=None):
+    ws = [w.double() for w in ws]
+    state = [(torch.zeros_like(w), torch.zeros_like(w)) for w in ws]
+    for step in range(1, steps + 1):
+        for i, g in enumerate(gradients(step)):
+            g, mask = g.double(), None if masks is None else masks[i]
+            w, m, v = rule.adam_step(
+                ws[i], g, *state[i], step=step, weight_decay=weight_decay, decoupled=decoupled,
+                **ADAM,
+            )  # fmt: skip
+            w = rule.mirror_step(w, g, lr=1e-2, alpha=alpha, beta=beta, clamp=clamp)
+            ws[i], state[i] = rule.masked(w, mask), (rule.masked(m, mask), v)
+    return ws
+
+
+def run_sgd(form, ws, steps, *, momentum, nesterov, weight_decay, alpha=0.0, beta=0.0, masks=None):
+    buffers = [torch.full_like(w, math.nan) if momentum else None for w in ws]
+    for step in range(1, steps + 1):
+        form.sgd_ham_(
+            ws, gradients(step), buffers, masks=masks or [None] * len(ws), rounded=[None] * len(ws),
+            a=[0.1 * alpha] * len(ws), b=0.1 * beta, clamp=5.0, momentum=momentum,
+            nesterov=nesterov, weight_decay=weight_decay, is_first_step=step == 1, **SGD,
+        )  # fmt: skip
+    return buffers
+
+
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_without_alpha_and_beta_adam_is_torch_fused_bit_for_bit(decoupled, weight_decay):
+    ours, theirs = weights(), [torch.nn.Parameter(w) for w in weights()]
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer = kind(theirs, lr=1e-2, weight_decay=weight_decay, fused=True)
+    run_adam(cpu, ours, 20, decoupled=decoupled, weight_decay=weight_decay)
+    for step in range(1, 21):
+        for param, g in zip(theirs, gradients(step), strict=True):
+            param.grad = g
+        optimizer.step()
+    assert all(torch.equal(o, t) for o, t in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_without_alpha_and_beta_sgd_is_torch_fused_bit_for_bit(momentum, nesterov, weight_decay):
+    ours, theirs = weights(), [torch.nn.Parameter(w) for w in weights()]
+    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
+    optimizer = torch.optim.SGD(theirs, lr=0.1, fused=True, **options)
+    run_sgd(cpu, ours, 20, **options)
+    for step in range(1, 21):
+        for param, g in zip(theirs, gradients(step), strict=True):
+            param.grad = g
+        optimizer.step()
+    assert all(torch.equal(o, t) for o, t in zip(ours, theirs, strict=True))
+
+
+def assert_close_to_rule(found, exact):
+    """Twenty steps of two roundings of the weight each, and more of what is added to it."""
+    found = torch.cat([w.flatten() for w in found])
+    exact = torch.cat([w.flatten() for w in exact])
+    # in units of the scale of the weights, 0.05: near zero a relative error means nothing
+    error = (found.double() - exact).abs() / 0.05
+    assert error.median() < 2**-22
+    # where Adam divides by a root near eps, or a sign differs at a crossing, a few may be further
+    assert (error > 40 * 2**-23).double().mean() < 1e-4
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("decoupled", [True, False])
+@pytest.mark.parametrize("has_masks", [False, True])
+def test_twenty_adam_steps_follow_the_rule(form, decoupled, has_masks):
+    options = {"decoupled": decoupled, "weight_decay": 0.1, "alpha": 100.0, "beta": 1e-2,
+               "masks": some_masks() if has_masks else None}  # fmt: skip
+    found = weights()
+    run_adam(FORMS[form], found, 20, **options)
+    assert_close_to_rule(found, exact_adam(weights(), 20, **options))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
+def test_twenty_sgd_steps_follow_the_rule(form, momentum, nesterov):
+    options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": 0.1}
+    found, masks = weights(), some_masks()
+    run_sgd(FORMS[form], found, 20, alpha=20.0, beta=1e-2, masks=masks, **options)
+    exact = [w.double() for w in weights()]
+    buffers = [None] * len(exact)
+    for step in range(1, 21):
+        for i, g in enumerate(gradients(step)):
+            w, buffer = rule.sgd_step(exact[i], g.double(), buffers[i], lr=0.1, **options)
+            w = rule.mirror_step(w, g.double(), lr=0.1, alpha=20.0, beta=1e-2)
+            exact[i] = rule.masked(w, masks[i])
+            buffers[i] = None if buffer is None else rule.masked(buffer, masks[i])
+    assert_close_to_rule(found, exact)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_dropped_weights_and_their_momentum_are_plain_zero(form):
+    masks = some_masks()
+    for grads in (gradients, lambda step: [torch.full_like(w, math.nan) for w in weights()]):
+        ws = weights()
+        m = run_adam(FORMS[form], ws, 2, weight_decay=0.1, alpha=9.0, masks=masks, grads=grads)
+        for tensor, mask in zip([*ws, *m], [*masks, *masks], strict=True):
+            if mask is not None:
+                assert not bits(tensor)[~mask].any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_low_precision_weights_are_the_rounded_masters(form, low):
+    masters = weights()
+    rounded = [w.to(low) for w in masters]
+
+    def grads(step):
+        return gradients(step, dtype=low)
+
+    run_adam(FORMS[form], masters, 5, alpha=100.0, rounded=rounded, grads=grads)
+    alone = weights()
+    run_adam(
+        FORMS[form], alone, 5, alpha=100.0, grads=lambda step: [g.float() for g in grads(step)]
+    )
+    for master, copy, wide in zip(masters, rounded, alone, strict=True):
+        assert torch.equal(copy, master.to(low))
+        assert torch.equal(master, wide)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("clamp", [0.001, 5.0])
+def test_a_measured_step_changes_no_bit_and_counts_right(form, clamp):
+    masks = some_masks()
+    masks[0][:, :100] = True
+    plain_ws, measured = weights(), weights()
+    for ws in (plain_ws, measured):
+        ws[0][0] = 0.0  # natural zeros do not count
+    grads = [g * (w != 0) for g, w in zip(gradients(1), plain_ws, strict=True)]
+    options = {"alpha": 100.0, "beta": 1e-2, "clamp": clamp, "masks": masks}
+    options["grads"] = lambda step: grads
+    sums = torch.zeros(cpu.NUM_SUMS, dtype=torch.float64)
+    exact = exact_exponents(measured, grads, masks, clamp)
+    run_adam(FORMS[form], measured, 1, sums=sums, **options)
+    run_adam(FORMS[form], plain_ws, 1, **options)
+    assert all(torch.equal(p, m) for p, m in zip(plain_ws, measured, strict=True))
+    total, moved, clamped, count, greatest = sums.tolist()
+    assert count == len(exact)
+    assert total == pytest.approx(float(exact.sum()), rel=1e-5)
+    assert greatest == pytest.approx(float(exact.max()), rel=1e-6)
+    assert clamped == (exact >= clamp).sum()
+    assert moved == count  # every exponent is at least 1e-5, far above fp32's resolution
+
+
+def exact_exponents(ws, grads, masks, clamp):
+    """|e| of the first step of AdamW, over what is kept and not zero."""
+    found = []
+    for w, g, mask in zip(ws, grads, masks, strict=True):
+        w, g = w.double(), g.double()
+        made, _, _ = rule.adam_step(
+            w, g, torch.zeros_like(w), torch.zeros_like(w), step=1, weight_decay=0.0,
+            decoupled=True, **ADAM,
+        )  # fmt: skip
+        e = rule.exponent(made, g, a=1e-2 * 100.0, b=1e-2 * 1e-2, clamp=clamp).abs()
+        found.append(e[(made != 0) & (mask if mask is not None else True)])
+    return torch.cat(found)
+
+
+def test_memory_layout_changes_no_result():
+    plain_w, g = normal(4, 6, 3, 5, seed=0), normal(4, 6, 3, 5, seed=1, scale=1e-3)
+    gaps = torch.zeros(4, 12, 3, 5)[:, ::2]
+    layouts = {
+        "channels last": plain_w.clone(memory_format=torch.channels_last),
+        "transposed": plain_w.clone().transpose(0, 3).contiguous().transpose(0, 3),
+        "with gaps": gaps.copy_(plain_w),
+        "plain": plain_w.clone(),
+    }
+    mask = normal(4, 6, 3, 5, seed=2) > 0
+    for w in layouts.values():
+        run_adam(cpu, [w], 3, alpha=50.0, beta=1e-2, masks=[mask], grads=lambda step: [g])
+    for name, w in layouts.items():
+        # torch's fused step does the last few elements of a tensor in double
+        assert (w - layouts["plain"]).abs().max() < 1e-6, name
+        assert torch.equal(w == 0, ~mask), name
+
+
+def test_blocks_change_no_bit(monkeypatch):
+    whole, cut = weights(), weights()
+    run_adam(cpu, whole, 3, alpha=100.0, beta=1e-2)
+    monkeypatch.setattr(cpu, "BLOCK", 256)
+    run_adam(cpu, cut, 3, alpha=100.0, beta=1e-2)
+    assert all(torch.equal(w, c) for w, c in zip(whole, cut, strict=True))
+
+
+def test_float32_mirror_step_rounds_once():
+    w, g = normal(1_000_000, seed=0), normal(1_000_000, seed=1, scale=1e-2)
+    exact = rule.mirror_step(w.double(), g.double(), lr=1e-3, alpha=200.0, beta=1e-3)
+    ham_step_([w], [g], lr=1e-3, alpha=200.0, beta=1e-3)
+    # the write-back costs half an ulp, expm1 0.02; w * exp(e) would be over one ulp on 2 %
+    assert ulps(w, exact).max() < 0.6
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 30.0])
+def test_float32_mirror_step_keeps_its_digits_at_large_exponents(scale):
+    w, g = normal(100_000, seed=0), normal(100_000, seed=1, scale=scale)
+    exact = rule.mirror_step(w.double(), g.double(), lr=0.1, alpha=10.0, beta=0.0)
+    ham_step_([w], [g], lr=0.1, alpha=10.0, beta=0.0)
+    # an exponent of 5 carries an error of 2^-22.7 itself; w + w * expm1(e) alone gives 70 ulp
+    assert ulps(w, exact).max() < 6.0
+
+
+@pytest.mark.parametrize("limit", [limit for limit, _ in cpu.POLYNOMIALS])
+def test_float32_mirror_step_is_exact_up_to_the_limit_of_each_polynomial(limit):
+    w, g = normal(100_000, seed=0), normal(100_000, seed=1, scale=limit)
+    exact = rule.mirror_step(w.double(), g.double(), lr=1.0, alpha=1.0, beta=0.0, clamp=limit)
+    ham_step_([w], [g], lr=1.0, alpha=1.0, beta=0.0, clamp=limit)
+    # half an ulp for the write-back, `limit` for the rounding of the factor, a tenth for its end
+    assert ulps(w, exact).max() < 0.6 + 2 * limit
+
+
+def test_large_exponents_of_one_sign_are_exact():
+    w = normal(10_000, seed=0)
+    exact = rule.mirror_step(w.double(), torch.zeros(()).double(), lr=1.0, alpha=0.0, beta=0.4)
+    ham_step_([w], [torch.zeros_like(w)], lr=1.0, alpha=0.0, beta=0.4)
+    assert ulps(w, exact).max() < 2.0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_mirror_step_rounds_once(dtype):
+    w, g = normal(100_000, seed=0, dtype=dtype), normal(100_000, seed=1, dtype=dtype)
+    exact = rule.mirror_step(w.double(), g.double(), lr=0.1, alpha=2.0, beta=1e-3)
+    ham_step_([w], [g], lr=0.1, alpha=2.0, beta=1e-3)
+    assert ulps(w, exact).max() < 0.501
+
+
+def test_zeros_stay_zero_and_the_mirror_step_flips_no_sign():
+    w = torch.tensor([[0.0, -1.0, 2.0, -3e-38, 1e-45]])
+    before = w.clone()
+    for gradient in (1e9, -1e9):
+        ham_step_([w], [torch.full_like(w, gradient)], lr=1.0, alpha=200.0, beta=1.0)
+        assert not (torch.sign(w) == -torch.sign(before))[before != 0].any()
+        assert w[0, 0] == 0
+
+
+def test_without_a_gradient_only_the_mask_acts():
+    w = torch.ones(4)
+    ham_step_([w], [None], lr=1.0, alpha=1.0, beta=1.0, masks=[torch.tensor([1, 0, 1, 0]) == 1])
+    assert w.tolist() == [1.0, 0.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_norms_are_over_what_is_kept(has_mask):
+    g = normal(300, 301, seed=0)
+    mask = normal(300, 301, seed=1) > 1 if has_mask else None
+    kept = g.double() if mask is None else g.double()[mask]
+    magnitudes, squares, count = cpu.kept_norms(g, mask)
+    assert count == kept.numel()
+    assert magnitudes == pytest.approx(float(kept.abs().sum()), rel=1e-5)
+    assert squares == pytest.approx(float(kept.square().sum()), rel=1e-5)
