@@ -113,6 +113,19 @@ def test_tokenizer_that_is_not_the_models_is_none_with_the_reason(tmp_path: Path
     assert "591 tokens, the model 64" in loaded.no_tokenizer
 
 
+def test_tokenizer_that_is_nearly_empty_is_none_with_the_reason(folder: Path) -> None:
+    vocabulary = {token: index for index, token in enumerate("abcde")}
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary}}
+    tokenizer["model"]["unk_token"] = "a"  # type: ignore[index]
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    loaded = load(folder)
+    assert loaded.tokenizer is None
+    assert "5 tokens, the model 64" in loaded.no_tokenizer
+
+
 def test_missing_tokenizer_is_none_with_the_reason(folder: Path) -> None:
     loaded = load(folder)
     assert loaded.tokenizer is None
