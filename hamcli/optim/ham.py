@@ -29,7 +29,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hamcli.optim import cpu, plain
+from hamcli.optim import cpu, fused, plain
 
 ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
 BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
@@ -272,11 +272,11 @@ class HAM(torch.optim.Optimizer):
     def _backend_for(self, weight: Tensor) -> ModuleType:
         on_cpu = weight.device.type == "cpu"
         name = self._backend
-        if name == "rule" or (name == "auto" and on_cpu):
-            return plain if name == "rule" else cpu
-        if name == "cpu":
-            _require(on_cpu, f"backend cpu cannot step weights on {weight.device.type}")
-            return cpu
+        if name == "rule":
+            return plain
+        _require(on_cpu or name != "cpu", f"backend cpu cannot step {weight.device.type} weights")
+        if on_cpu and name != "gpu":
+            return fused if fused.is_usable() else cpu
         from hamcli.optim import gpu  # numpy and more, that a CPU has no use for
 
         is_usable = gpu.is_usable(weight)

@@ -5,13 +5,22 @@ import math
 import pytest
 import torch
 
-from hamcli.optim import cpu, ham_step_, plain, rule
+from hamcli import native
+from hamcli.optim import cpu, fused, ham_step_, plain, rule
 from tests.optim.numbers import bits, normal, ulps
 
 SHAPES = [(70, 513), (33,), (1, 1), (0, 3), (5, 4, 3, 3)]
-FORMS = {"cpu": cpu, "rule": plain}
+FORMS = {"cpu": cpu, "rule": plain, "fused": fused}
+AS_FUSED = {"cpu": cpu, "fused": fused}  # whose base steps are torch's fused ones in bits
 ADAM = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 SGD = {"lr": 0.1}
+
+
+@pytest.fixture(autouse=True)
+def _extension(request):
+    form = getattr(request.node, "callspec", None)
+    if form is not None and form.params.get("form") == "fused" and not fused.is_usable():
+        pytest.skip(native.status().reason)
 
 
 def weights(dtype=torch.float32):
@@ -30,7 +39,7 @@ def some_masks():
 
 
 def run_adam(form, ws, steps, *, decoupled=True, weight_decay=0.0, alpha=0.0, beta=0.0, clamp=5.0,
-             masks=None, rounded=None, sums=None, grads=gradients):  # fmt: skip
+             masks=None, rounded=None, sums=None, grads=gradients, beta1=0.9):  # fmt: skip
     """`steps` steps of a form; returns the first moments."""
     m, v = [torch.zeros_like(w) for w in ws], [torch.zeros_like(w) for w in ws]
     counts = [torch.zeros(()) for _ in ws]
@@ -40,7 +49,8 @@ def run_adam(form, ws, steps, *, decoupled=True, weight_decay=0.0, alpha=0.0, be
         form.adam_ham_(
             ws, grads(step), m, v, counts, masks=masks or [None] * len(ws),
             rounded=rounded or [None] * len(ws), a=[1e-2 * alpha] * len(ws), b=1e-2 * beta,
-            clamp=clamp, weight_decay=weight_decay, decoupled=decoupled, sums=sums, **ADAM,
+            clamp=clamp, weight_decay=weight_decay, decoupled=decoupled, sums=sums,
+            **{**ADAM, "beta1": beta1},
         )  # fmt: skip
     return m
 
@@ -71,13 +81,19 @@ def run_sgd(form, ws, steps, *, momentum, nesterov, weight_decay, alpha=0.0, bet
     return buffers
 
 
+@pytest.mark.parametrize("form", AS_FUSED)
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("decoupled", [True, False])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_without_alpha_and_beta_adam_is_torch_fused_bit_for_bit(decoupled, weight_decay):
+@pytest.mark.parametrize("beta1", [0.9, 0.3])
+def test_without_alpha_and_beta_adam_is_torch_fused_bit_for_bit(
+    form, threads, decoupled, weight_decay, beta1
+):
+    torch.set_num_threads(threads)
     ours, theirs = weights(), [torch.nn.Parameter(w) for w in weights()]
     kind = torch.optim.AdamW if decoupled else torch.optim.Adam
-    optimizer = kind(theirs, lr=1e-2, weight_decay=weight_decay, fused=True)
-    run_adam(cpu, ours, 20, decoupled=decoupled, weight_decay=weight_decay)
+    optimizer = kind(theirs, lr=1e-2, weight_decay=weight_decay, betas=(beta1, 0.999), fused=True)
+    run_adam(AS_FUSED[form], ours, 20, decoupled=decoupled, weight_decay=weight_decay, beta1=beta1)
     for step in range(1, 21):
         for param, g in zip(theirs, gradients(step), strict=True):
             param.grad = g
@@ -85,13 +101,18 @@ def test_without_alpha_and_beta_adam_is_torch_fused_bit_for_bit(decoupled, weigh
     assert all(torch.equal(o, t) for o, t in zip(ours, theirs, strict=True))
 
 
+@pytest.mark.parametrize("form", AS_FUSED)
+@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.0, False), (0.9, False), (0.9, True)])
-def test_without_alpha_and_beta_sgd_is_torch_fused_bit_for_bit(momentum, nesterov, weight_decay):
+def test_without_alpha_and_beta_sgd_is_torch_fused_bit_for_bit(
+    form, threads, momentum, nesterov, weight_decay
+):
+    torch.set_num_threads(threads)
     ours, theirs = weights(), [torch.nn.Parameter(w) for w in weights()]
     options = {"momentum": momentum, "nesterov": nesterov, "weight_decay": weight_decay}
     optimizer = torch.optim.SGD(theirs, lr=0.1, fused=True, **options)
-    run_sgd(cpu, ours, 20, **options)
+    run_sgd(AS_FUSED[form], ours, 20, **options)
     for step in range(1, 21):
         for param, g in zip(theirs, gradients(step), strict=True):
             param.grad = g
@@ -206,7 +227,8 @@ def exact_exponents(ws, grads, masks, clamp):
     return torch.cat(found)
 
 
-def test_memory_layout_changes_no_result():
+@pytest.mark.parametrize("form", FORMS)
+def test_memory_layout_changes_no_result(form):
     plain_w, g = normal(4, 6, 3, 5, seed=0), normal(4, 6, 3, 5, seed=1, scale=1e-3)
     gaps = torch.zeros(4, 12, 3, 5)[:, ::2]
     layouts = {
@@ -217,7 +239,7 @@ def test_memory_layout_changes_no_result():
     }
     mask = normal(4, 6, 3, 5, seed=2) > 0
     for w in layouts.values():
-        run_adam(cpu, [w], 3, alpha=50.0, beta=1e-2, masks=[mask], grads=lambda step: [g])
+        run_adam(FORMS[form], [w], 3, alpha=50.0, beta=1e-2, masks=[mask], grads=lambda step: [g])
     for name, w in layouts.items():
         # torch's fused step does the last few elements of a tensor in double
         assert (w - layouts["plain"]).abs().max() < 1e-6, name
@@ -297,3 +319,71 @@ def test_norms_are_over_what_is_kept(has_mask):
     assert count == kept.numel()
     assert magnitudes == pytest.approx(float(kept.abs().sum()), rel=1e-5)
     assert squares == pytest.approx(float(kept.square().sum()), rel=1e-5)
+
+
+# --- the extension
+
+
+def by_extension(w, e, clamp):
+    """The weights times exp(e), by a base step with a learning rate of 0."""
+    made, form = w.clone(), fused
+    gradient = torch.where(w < 0, e, -e)
+    form.sgd_ham_(
+        [made], [gradient], [None], masks=[None], rounded=[None], a=[1.0], b=0.0, clamp=clamp,
+        lr=0.0, momentum=0.0, nesterov=False, weight_decay=0.0, is_first_step=True,
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.parametrize("form", ["fused"])
+@pytest.mark.parametrize(
+    ("greatest", "bound"),
+    # half an ulp for the last rounding; in ulps of a product just below a power of two, those of
+    # exp(e) - 1 (2^-28 up to 1/8, 2^-26 up to ln(2)/2), of its polynomial, and of what is left of
+    # e after whole powers of two (2^-26 twice)
+    [(0.125, 0.6), (87.0, 1.25)],
+)
+def test_exponential_keeps_its_error_bound(form, greatest, bound):
+    # all binary orders from 2^-30 up, both signs, every mantissa of 12 bits
+    orders = torch.arange(-30, math.ceil(math.log2(greatest)) + 1, dtype=torch.float64)
+    grid = torch.outer(2.0**orders, 1 + torch.arange(4096, dtype=torch.float64) / 4096).flatten()
+    e = torch.cat([grid, -grid])[:, None].expand(-1, 5).flatten().float()
+    e = e[e.abs() <= greatest]
+    w = normal(len(e), seed=0, scale=1e-2)
+    exact = w.double() * torch.exp(e.double())
+    is_normal = exact.abs() > torch.finfo(torch.float32).tiny
+    assert ulps(by_extension(w, e, greatest), exact)[is_normal].max() < bound
+
+
+@pytest.mark.parametrize("form", ["fused"])
+def test_exponents_of_one_vector_may_be_small_and_large(form):
+    e = torch.tensor([1e-8, 3.0, -3.0, 0.0, 0.125, -0.1250001, 4.9, -80.0, math.nan])
+    w = torch.full_like(e, -2.0)
+    exact = w.double() * torch.exp(e.double().clamp(-5, 5))
+    made = by_extension(w, e, 5.0)
+    assert ulps(made, exact)[:-1].max() < 1.25
+    assert made[-1].isnan()
+
+
+@pytest.mark.parametrize("form", ["fused"])
+def test_what_the_extension_does_not_take_goes_elsewhere(form):
+    mixed = [normal(9, 9, seed=i, dtype=t) for i, t in enumerate((torch.float64, torch.float32))]
+    plain_ws = [w.clone() for w in mixed]
+    grads = [normal(9, 9, seed=5, dtype=torch.float64), normal(9, 9, seed=6, dtype=torch.bfloat16)]
+    for which, ws in ((fused, mixed), (cpu, plain_ws)):
+        run_adam(which, ws, 2, alpha=2.0, grads=lambda step: grads)
+    assert all(torch.equal(one, other) for one, other in zip(mixed, plain_ws, strict=True))
+
+
+@pytest.mark.parametrize("form", ["fused"])
+def test_threads_change_no_bit(form):
+    made, sums = [], []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        ws = [normal(300, 311, seed=0), *weights()]
+        sums.append(torch.zeros(cpu.NUM_SUMS, dtype=torch.float64))
+        grads = [normal(300, 311, seed=1, scale=1e-3), *gradients(1)]
+        run_adam(fused, ws, 2, alpha=100.0, beta=1e-2, sums=sums[-1], grads=lambda step, g=grads: g)
+        made.append(ws)
+    assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
+    assert torch.equal(*sums)

@@ -1,0 +1,128 @@
+"""Time of one optimizer step on the CPU: HAM beside torch's fused AdamW and SGD.
+
+    python benchmarks/step_cost.py                     # MiniLM (22.7 M) and BERT (109 M) shapes
+    python benchmarks/step_cost.py --models minilm --rounds 5 --threads 1
+
+One thread is timed by the process's own CPU time, more by the wall clock. Prints a table and
+writes benchmarks/results/DATE-step-cost.json.
+"""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hamcli.benchmarking.step import StepCost, bench_step
+
+RESULTS = Path(__file__).parent / "results"
+CONFIGS = {
+    "minilm": {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536},
+    "bert": {"hidden_size": 768, "num_hidden_layers": 12, "intermediate_size": 3072},
+}
+BATCH = (16, 64)  # sequences, tokens
+
+
+def make_model(name: str) -> torch.nn.Module:
+    """A BERT encoder of that size with random weights."""
+    from transformers import BertConfig, BertModel
+
+    torch.manual_seed(0)
+    return BertModel(BertConfig(num_attention_heads=12, **CONFIGS[name]))
+
+
+def training_pass(model: torch.nn.Module) -> Callable[[], None]:
+    """Forward and backward on random tokens."""
+    tokens = torch.randint(1000, 30000, BATCH)
+
+    def train() -> None:
+        model.zero_grad()
+        model(input_ids=tokens).last_hidden_state.square().mean().backward()
+
+    return train
+
+
+def show(title: str, cost: StepCost) -> None:
+    """One table."""
+    print(f"\n{title}: {cost.num_weights / 1e6:.1f} M {cost.dtype}, {cost.base}, "
+          f"{cost.threads} threads, {cost.clock} time, {cost.rounds} rounds")  # fmt: skip
+    print(
+        f"  {'variant':16s} {'ms':>8s} {'ratio':>6s}  {'tenth..ninetieth':>16s} {'extra MiB':>9s}"
+    )
+    for one in cost.variants:
+        low, high = one.ratio_spread
+        extra = "-" if one.extra_bytes is None else f"{one.extra_bytes / 2**20:.1f}"
+        print(f"  {one.name:16s} {one.seconds * 1e3:8.1f} {one.ratio:6.2f}  "
+              f"{low:7.2f}..{high:<7.2f} {extra:>9s}")  # fmt: skip
+    if cost.step_share is not None:
+        print(f"  forward and backward {cost.training_seconds * 1e3:.0f} ms; "
+              f"the step's share of training {cost.step_share:.1%}")  # fmt: skip
+
+
+def commit() -> str:
+    """The commit that was measured."""
+    command = ["git", "rev-parse", "--short", "HEAD"]
+    folder = Path(__file__).parent
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+
+def processor() -> str:
+    """What the CPU calls itself."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    """Measure, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", choices=CONFIGS, default=list(CONFIGS))
+    parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    records: list[dict[str, Any]] = []
+
+    def measure(title: str, *args: Any, **kwargs: Any) -> None:
+        cost = bench_step(*args, rounds=options.rounds, only=options.only, **kwargs)
+        show(title, cost)
+        records.append({"title": title, **cost.as_json()})
+
+    for threads in options.threads:
+        torch.set_num_threads(threads)
+        clock = "cpu" if threads == 1 else "wall"
+        for name in options.models:
+            model = make_model(name)
+            shapes = [tuple(param.shape) for param in model.parameters()]
+            train = training_pass(model) if name == "minilm" else None
+            measure(name, shapes, clock=clock, train=train)
+            del model, train
+            if name == "minilm":
+                measure(name, shapes, clock=clock, base="sgd")
+                measure(name, shapes, clock=clock, dtype=torch.bfloat16)
+    result = {
+        "device": processor(),
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "commit": commit(),
+        "records": records,
+    }
+    options.out.mkdir(parents=True, exist_ok=True)
+    path = options.out / f"{datetime.date.today():%Y-%m-%d}-step-cost.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"\n{path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What the parts of `ham` cost on this machine."""

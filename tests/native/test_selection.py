@@ -1,0 +1,89 @@
+"""Counting of bits, native and in numpy, against sorting."""
+
+import numpy as np
+import pytest
+import torch
+
+from hamcli import native
+from hamcli.native import selection
+from tests.optim.numbers import normal
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture(params=["native", "numpy"])
+def form(request, monkeypatch):
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "_settled", native.Status(False, "off for a test"))
+    elif not native.status().is_available:
+        pytest.skip(native.status().reason)
+    return request.param
+
+
+def tensors(dtype):
+    """Normal weights with zeros of both signs, ties, infinities, in odd sizes and layouts."""
+    made = [normal(301, 7, seed=0), normal(5, seed=1), normal(0, seed=2), normal(64, 33, seed=3).T]
+    made[0][:20] = 0.0
+    made[0][20:30] = -0.0
+    made[1][0], made[1][1] = torch.inf, -torch.inf
+    made[3][:10] = 0.5
+    return [one.to(dtype) for one in made]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_kth_magnitude_is_that_of_the_sort(form, dtype):
+    weights = tensors(dtype)
+    sizes = torch.cat([w.abs().flatten() for w in weights]).float().sort().values
+    for k in (1, 100, 210, 211, 1500, len(sizes) - 1, len(sizes)):
+        cut = selection.kth_magnitude(weights, k)
+        bits = {torch.float32: torch.int32}.get(dtype, torch.int16)
+        value = torch.tensor([cut.key], dtype=bits).view(dtype).float()
+        assert value == sizes[k - 1]
+        assert cut.below == (sizes < value).sum()
+        assert cut.below + cut.ties == k
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_counts_of_the_first_digit_follow_the_order_of_the_scores(form, dtype, magnitude):
+    (scores, *_) = tensors(dtype)
+    shift = torch.finfo(dtype).bits - 16
+    counts = selection.count_digits(scores, shift, magnitude=magnitude)
+    assert counts.dtype == np.int64
+    assert counts.sum() == scores.numel()
+    values = scores.abs() if magnitude else scores
+    assert counts[:32768].sum() == (values < 0).sum()
+    if dtype != torch.float32:
+        assert counts[32768] == (values == 0).sum()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_native_counts_are_those_of_numpy(dtype, magnitude, monkeypatch):
+    if not native.status().is_available:
+        pytest.skip(native.status().reason)
+    scores = normal(100_003, seed=5).to(dtype)
+    bits = torch.finfo(dtype).bits
+
+    def everything():
+        found = [selection.count_digits(scores, bits - 16, magnitude=magnitude)]
+        if bits == 32:
+            for begins in (0, int(found[0].argmax()) - 32768):
+                found.append(selection.count_digits(scores, 0, begins, magnitude=magnitude))
+        found.append(np.array(selection.count_scores(scores, 1 << 12, magnitude=magnitude)))
+        return found
+
+    natively = everything()
+    monkeypatch.setattr(native, "_settled", native.Status(False, "off for a test"))
+    for one, other in zip(natively, everything(), strict=True):
+        assert np.array_equal(one, other)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_counts_against_a_key(form, dtype):
+    (scores, *_) = tensors(dtype)
+    zero = 0
+    below, at = selection.count_scores(scores, zero)
+    assert (below, at) == ((scores < 0).sum(), (scores == 0).sum())
+    below, at = selection.count_scores(scores, zero, magnitude=True)
+    assert (below, at) == (0, (scores == 0).sum())
