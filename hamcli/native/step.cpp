@@ -43,6 +43,8 @@ constexpr float SMALL = 0.125f;
 constexpr float SMALL_P[] = {0x1.fffff6p-2f, 0x1.555550p-3f, 0x1.559498p-5f, 0x1.113e1ap-7f};
 constexpr float P[] = {0x1.000000p-1f, 0x1.555556p-3f, 0x1.555480p-5f,
                        0x1.11107cp-7f, 0x1.6d96b8p-10f, 0x1.a1b83ep-13f};
+constexpr float SHIFT = 0x1.8p+23f;
+constexpr int32_t BITS_OF_1 = 0x3f800000;
 constexpr float LOG2_E = 0x1.715476p+0f;
 constexpr float LN2_HIGH = 0x1.62e430p-1f;  // ln 2 to the nearest fp32, and what is left of it
 constexpr float LN2_LOW = -0x1.05c610p-29f;
@@ -62,14 +64,17 @@ C10_ALWAYS_INLINE Vec times_exp_small(Vec w, Vec e) {
   return at::vec::fmadd(w, growth, w);
 }
 
-// w * 2^k * (1 + (exp(r) - 1)), e = k ln 2 + r: rounded once, and no digit cancels.
+// w * 2^k * (1 + (exp(r) - 1)), e = k ln 2 + r: rounded once, and no digit cancels. A number as
+// large as SHIFT has no digits after the point, so that adding it rounds, and k stands in the last
+// bits of the sum.
 C10_ALWAYS_INLINE Vec times_exp(Vec w, Vec e) {
-  const Vec k = (e * Vec(LOG2_E)).round();
+  const Vec shifted = at::vec::fmadd(e, Vec(LOG2_E), Vec(SHIFT));
+  const Vec k = shifted - Vec(SHIFT);
   Vec r = at::vec::fmadd(k, Vec(-LN2_HIGH), e);
   r = at::vec::fmadd(k, Vec(-LN2_LOW), r);
   const Vec growth = at::vec::fmadd(r * r, polynomial(r, P), r);
-  const Bits exponent = at::vec::convert_to_int_of_same_size<float>(k) + Bits(127);
-  const Vec scaled = w * at::vec::cast<float, int32_t>(exponent << Bits(23));
+  const Bits power = (at::vec::cast<int32_t, float>(shifted) << Bits(23)) + Bits(BITS_OF_1);
+  const Vec scaled = w * at::vec::cast<float, int32_t>(power);
   return at::vec::fmadd(scaled, growth, scaled);
 }
 
