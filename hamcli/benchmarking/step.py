@@ -277,11 +277,11 @@ class _Weights:
         torch._foreach_addcmul_(ws, ws, exponents)
 
     def published_step(self) -> None:
-        """The published wrapper's semantics, from the description of arXiv 2506.02630's code.
+        """The published wrapper's semantics, rendered from its description alone.
 
         Base step; then for every parameter of two or more dimensions a check for NaN, which only
-        prints, and the mirror step with its exponent clamped to 5; at last the gradients are
-        clipped, which no longer acts on this step.
+        prints, the mirror step with its exponent clamped to 5, and a bound of 1,000 on the norm;
+        at last the gradients are clipped, which no longer acts on this step.
         """
         self.torch_step()
         for w, g, is_mirrored in zip(self.w, self.wide_g, self.mirrored, strict=True):
@@ -291,12 +291,15 @@ class _Weights:
                 print("NaN detected", file=sys.stderr)  # noqa: T201 - the semantics in question
             exponent = -LR * (ALPHA * torch.sign(w) * g + BETA)
             w.copy_(w * torch.exp(torch.clamp(exponent, -5.0, 5.0)))
+            norm = float(torch.linalg.vector_norm(w))
+            if norm > 1000.0:
+                w.mul_(1000.0 / norm)
         _clip(self.wide_g)
 
 
 def _clip(grads: Sequence[Tensor]) -> None:
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads]))
-    factor = torch.clamp(1.0 / (norm + 1e-6), max=1.0)
+    factor = torch.clamp(20.0 / (norm + 1e-6), max=1.0)
     for g in grads:
         g.mul_(factor)
 

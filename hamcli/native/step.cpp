@@ -13,6 +13,7 @@
 #include <ATen/core/Tensor.h>
 #include <ATen/cpu/vec/functional.h>
 #include <ATen/cpu/vec/vec.h>
+#include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -579,6 +580,68 @@ void sgd_ham_(
   }
 }
 
+// For each tensor: sum of |g|, sum of g^2 and number of entries, over what its mask keeps.
+template <typename grad_t>
+void add_norms(const grad_t* g, const bool* mask, int64_t begin, int64_t end, double* out) {
+  Vec magnitudes(0.0f), squares(0.0f), count(0.0f);
+  const auto add = [&](Vec wide, Vec kept) {
+    wide = wide & kept;
+    magnitudes = magnitudes + wide.abs();
+    squares = at::vec::fmadd(wide, wide, squares);
+    count = count + (Vec(1.0f) & kept);
+  };
+  int64_t at = begin;
+  for (; at + LANES <= end; at += LANES) {
+    add(load_wide(g + at), load_mask(mask ? mask + at : nullptr));
+  }
+  if (at < end) {
+    float rest[LANES] = {};
+    bool kept[LANES] = {};
+    for (int64_t lane = 0; lane < end - at; ++lane) {
+      rest[lane] = static_cast<float>(g[at + lane]);
+      kept[lane] = !mask || mask[at + lane];
+    }
+    add(Vec::loadu(rest), load_mask(kept));
+  }
+  out[0] = Sums::total(magnitudes);
+  out[1] = Sums::total(squares);
+  out[2] = Sums::total(count);
+}
+
+Tensor kept_norms(at::TensorList grads, const OptionalTensors& masks) {
+  Tensor norms = at::zeros({static_cast<int64_t>(grads.size()), 3}, at::kDouble);
+  double* out = norms.mutable_data_ptr<double>();
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const Tensor& grad = grads[i];
+    check(grad, grad, grad.scalar_type());
+    const std::optional<Tensor> mask = masks[i];
+    if (mask) {
+      check(*mask, grad, at::kBool);
+    }
+    const bool* kept = mask ? mask->const_data_ptr<bool>() : nullptr;
+    const int64_t blocks = (grad.numel() + BLOCK - 1) / BLOCK;
+    std::vector<double> parts(blocks * 3);
+    at::parallel_for(0, blocks, GRAIN, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const int64_t from = block * BLOCK;
+        const int64_t to = std::min(from + BLOCK, grad.numel());
+        double* part = parts.data() + block * 3;
+        if (grad.scalar_type() == at::kBFloat16) {
+          add_norms(grad.const_data_ptr<BFloat16>(), kept, from, to, part);
+        } else if (grad.scalar_type() == at::kHalf) {
+          add_norms(grad.const_data_ptr<Half>(), kept, from, to, part);
+        } else {
+          add_norms(grad.const_data_ptr<float>(), kept, from, to, part);
+        }
+      }
+    });
+    for (size_t at = 0; at < parts.size(); ++at) {
+      out[i * 3 + at % 3] += parts[at];
+    }
+  }
+  return norms;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ham_native, library) {
@@ -592,9 +655,11 @@ TORCH_LIBRARY_FRAGMENT(ham_native, library) {
       "Tensor?[] masks, Tensor(c!)?[] rounded, float[] a, float b, float clamp, float lr, "
       "float momentum, bool nesterov, float weight_decay, bool is_first_step, "
       "Tensor(d!)? sums) -> ()");
+  library.def("kept_norms(Tensor[] grads, Tensor?[] masks) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ham_native, CPU, library) {
   library.impl("adam_ham_", adam_ham_);
   library.impl("sgd_ham_", sgd_ham_);
+  library.impl("kept_norms", kept_norms);
 }

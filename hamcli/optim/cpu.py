@@ -216,8 +216,14 @@ def mirror_(
         )
 
 
-def kept_norms(grad: Tensor, mask: Tensor | None) -> tuple[float, float, int]:
-    """Sum of |g|, sum of g squared, and number of entries, over what `mask` keeps."""
+def kept_norms(
+    grads: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> list[tuple[float, float, int]]:
+    """Of each gradient: sum of |g|, sum of g squared, and how many, over what its mask keeps."""
+    return [_kept_norms(grad, mask) for grad, mask in zip(grads, masks, strict=True)]
+
+
+def _kept_norms(grad: Tensor, mask: Tensor | None) -> tuple[float, float, int]:
     order = storage_order(grad)
     g = flat_input(grad, order)
     kept = None if mask is None else flat_input(mask, order)

@@ -113,6 +113,18 @@ def sgd_ham_(
         _put_back(copies)
 
 
+def kept_norms(
+    grads: Sequence[Tensor], masks: Sequence[Tensor | None]
+) -> list[tuple[float, float, int]]:
+    """As `cpu.kept_norms`."""
+    extension = operators()
+    if extension is None or not grads or any(g.dtype == torch.float64 for g in grads):
+        return cpu.kept_norms(grads, masks)
+    laid = _lay_flat([list(grads), list(masks)], (), [])
+    norms = extension.kept_norms(*laid).tolist()
+    return [(magnitudes, squares, int(count)) for magnitudes, squares, count in norms]
+
+
 def _kinds(
     params: Sequence[Tensor], grads: Sequence[Tensor], rounded: Sequence[Tensor | None]
 ) -> Iterator[tuple[list[int], bool]]:

@@ -568,10 +568,9 @@ def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, 
     )
     if not batch.is_mirrored or not (calibrates or group["scaling"] == "normalised"):
         return [(0.0, 0.0, 0)] * len(batch.params)
-    return [
-        _over_shards(cpu.kept_norms(grad, mask), param)
-        for param, grad, mask in zip(batch.params, batch.grads, batch.masks, strict=True)
-    ]
+    kept_norms = fused.kept_norms if batch.backend is fused else cpu.kept_norms
+    here = kept_norms(batch.grads, batch.masks)
+    return [_over_shards(norms, param) for norms, param in zip(here, batch.params, strict=True)]
 
 
 def _calibrate(

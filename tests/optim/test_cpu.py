@@ -310,12 +310,15 @@ def test_without_a_gradient_only_the_mask_acts():
     assert w.tolist() == [1.0, 0.0, 1.0, 0.0]
 
 
+@pytest.mark.parametrize("form", AS_FUSED)
 @pytest.mark.parametrize("has_mask", [False, True])
-def test_norms_are_over_what_is_kept(has_mask):
-    g = normal(300, 301, seed=0)
-    mask = normal(300, 301, seed=1) > 1 if has_mask else None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_norms_are_over_what_is_kept(form, has_mask, dtype):
+    g = normal(300, 301, seed=0, dtype=dtype)
+    mask = normal(301, 300, seed=1).T > 1 if has_mask else None
     kept = g.double() if mask is None else g.double()[mask]
-    magnitudes, squares, count = cpu.kept_norms(g, mask)
+    (found,) = AS_FUSED[form].kept_norms([g], [mask])
+    magnitudes, squares, count = found
     assert count == kept.numel()
     assert magnitudes == pytest.approx(float(kept.abs().sum()), rel=1e-5)
     assert squares == pytest.approx(float(kept.square().sum()), rel=1e-5)
