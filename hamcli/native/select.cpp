@@ -11,11 +11,9 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
 #include <limits>
 #include <mutex>
 #include <optional>
-#include <tuple>
 #include <type_traits>
 #include <vector>
 
@@ -26,8 +24,7 @@ using at::Tensor;
 constexpr int DIGIT_BITS = 16;
 constexpr int64_t DIGITS = int64_t{1} << DIGIT_BITS;
 constexpr int64_t GROUP = 32;  // scores that are looked at together; most groups hold no match
-constexpr int64_t GRAIN = 1 << 18;  // below it a second table of counts does not pay
-constexpr int64_t MOST_IN_32_BITS = std::numeric_limits<uint32_t>::max();
+constexpr int64_t PART = 1 << 18;  // scores of one tensor that one thread takes at a time
 
 template <typename key_t, bool magnitude>
 inline key_t key_of(key_t bits) {
@@ -40,45 +37,72 @@ inline key_t key_of(key_t bits) {
   return bits == sign ? key_t{0} : turned;  // -0.0 equals 0.0
 }
 
-// Calls f(first, last) on parts of the scores, on many threads.
-template <typename function_t>
-void in_parts(int64_t numel, const function_t& f) {
-  at::parallel_for(0, numel, GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t at = begin; at < end; at += MOST_IN_32_BITS) {
-      f(at, std::min(end, at + MOST_IN_32_BITS));
+// Some scores of one tensor.
+struct Part {
+  int64_t tensor;
+  int64_t begin;
+  int64_t end;
+};
+
+std::vector<Part> cut(at::TensorList scores) {
+  std::vector<Part> parts;
+  for (size_t i = 0; i < scores.size(); ++i) {
+    TORCH_CHECK(scores[i].is_contiguous() && scores[i].scalar_type() == scores[0].scalar_type(),
+                "scores are not flat in memory, or of several dtypes");
+    for (int64_t begin = 0; begin < scores[i].numel(); begin += PART) {
+      parts.push_back({static_cast<int64_t>(i), begin, std::min(begin + PART, scores[i].numel())});
     }
-  });
+  }
+  return parts;
+}
+
+template <typename key_t>
+const key_t* bits_of(const Tensor& scores) {
+  return static_cast<const key_t*>(scores.const_data_ptr());
 }
 
 template <typename key_t, bool magnitude>
-void count_into(const key_t* bits, int64_t numel, int shift, std::optional<int64_t> begins,
-                int64_t* counts) {
-  std::mutex adding;
-  in_parts(numel, [&](int64_t first, int64_t last) {
-    std::vector<uint32_t> found(DIGITS);
-    if (!begins) {
-      for (int64_t i = first; i < last; ++i) {
-        ++found[(key_of<key_t, magnitude>(bits[i]) >> shift) + DIGITS / 2];
+void count_first(const key_t* bits, int64_t numel, int shift, int64_t* found) {
+  for (int64_t i = 0; i < numel; ++i) {
+    ++found[(key_of<key_t, magnitude>(bits[i]) >> shift) + DIGITS / 2];
+  }
+}
+
+template <typename key_t, bool magnitude>
+void count_inside(const key_t* bits, int64_t numel, int shift, key_t prefix, int64_t* found) {
+  const int prefix_shift = shift + DIGIT_BITS;
+  for (int64_t i = 0; i < numel; i += GROUP) {
+    const int64_t size = std::min(GROUP, numel - i);
+    int matches = size < GROUP;
+    if (size == GROUP) {
+      for (int64_t j = 0; j < GROUP; ++j) {
+        matches |= (key_of<key_t, magnitude>(bits[i + j]) >> prefix_shift) == prefix;
       }
-    } else {
-      const int prefix_shift = shift + DIGIT_BITS;
-      const auto prefix = static_cast<key_t>(*begins);
-      for (int64_t i = first; i < last; i += GROUP) {
-        const int64_t size = std::min(GROUP, last - i);
-        int matches = 0;
-        if (size == GROUP) {
-          for (int64_t j = 0; j < GROUP; ++j) {
-            matches |= (key_of<key_t, magnitude>(bits[i + j]) >> prefix_shift) == prefix;
-          }
-        }
-        if (size < GROUP || matches) {
-          for (int64_t j = 0; j < size; ++j) {
-            const key_t key = key_of<key_t, magnitude>(bits[i + j]);
-            if ((key >> prefix_shift) == prefix) {
-              ++found[(key >> shift) & (DIGITS - 1)];
-            }
-          }
-        }
+    }
+    for (int64_t j = 0; matches && j < size; ++j) {
+      const key_t key = key_of<key_t, magnitude>(bits[i + j]);
+      if ((key >> prefix_shift) == prefix) {
+        ++found[(key >> shift) & (DIGITS - 1)];
+      }
+    }
+  }
+}
+
+template <typename key_t, bool magnitude>
+void count_into(at::TensorList scores, int shift, std::optional<int64_t> begins, int64_t* counts) {
+  const auto parts = cut(scores);
+  std::mutex adding;
+  at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> found(DIGITS);
+    for (int64_t at = first; at < last; ++at) {
+      const Part& part = parts[at];
+      const key_t* bits = bits_of<key_t>(scores[part.tensor]) + part.begin;
+      const int64_t numel = part.end - part.begin;
+      if (begins) {
+        const auto prefix = static_cast<key_t>(*begins);
+        count_inside<key_t, magnitude>(bits, numel, shift, prefix, found.data());
+      } else {
+        count_first<key_t, magnitude>(bits, numel, shift, found.data());
       }
     }
     const std::lock_guard<std::mutex> guard(adding);
@@ -89,70 +113,68 @@ void count_into(const key_t* bits, int64_t numel, int shift, std::optional<int64
 }
 
 template <typename key_t, bool magnitude>
-std::tuple<int64_t, int64_t> count_against(const key_t* bits, int64_t numel, int64_t key) {
+void count_against(at::TensorList scores, key_t limit, int64_t* counts) {
+  const auto parts = cut(scores);
   std::mutex adding;
-  int64_t below = 0, at = 0;
-  const auto limit = static_cast<key_t>(key);
-  in_parts(numel, [&](int64_t first, int64_t last) {
-    int64_t less = 0, equal = 0;
-    for (int64_t begin = first; begin < last; begin += 4096) {
-      const int64_t end = std::min(last, begin + 4096);
-      int32_t block_less = 0, block_equal = 0;
-      for (int64_t i = begin; i < end; ++i) {
-        const key_t own = key_of<key_t, magnitude>(bits[i]);
-        block_less += own < limit;
-        block_equal += own == limit;
+  at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) {
+      const Part& part = parts[at];
+      const key_t* bits = bits_of<key_t>(scores[part.tensor]);
+      int32_t below = 0, equal = 0;  // of at most PART scores
+      for (int64_t i = part.begin; i < part.end; ++i) {
+        const key_t key = key_of<key_t, magnitude>(bits[i]);
+        below += key < limit;
+        equal += key == limit;
       }
-      less += block_less;
-      equal += block_equal;
+      const std::lock_guard<std::mutex> guard(adding);
+      counts[2 * part.tensor] += below;
+      counts[2 * part.tensor + 1] += equal;
     }
-    const std::lock_guard<std::mutex> guard(adding);
-    below += less;
-    at += equal;
   });
-  return {below, at};
 }
 
-// Calls f(bits, std::bool_constant<magnitude>) with the scores as integers of their size.
+// Calls f(an integer of the scores' size, std::bool_constant<magnitude>).
 template <typename function_t>
-auto with_bits(const Tensor& scores, bool magnitude, const function_t& f) {
-  TORCH_CHECK(scores.is_contiguous() && scores.device().is_cpu(), "scores are not flat on a CPU");
-  const auto dtype = scores.scalar_type();
+void as_integers(at::TensorList scores, bool magnitude, const function_t& f) {
+  if (scores.empty()) {
+    return;
+  }
+  const auto dtype = scores[0].scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
               "scores are fp32, bf16 or fp16");
-  const void* data = scores.const_data_ptr();
   if (dtype == at::kFloat) {
-    const auto* bits = static_cast<const int32_t*>(data);
-    return magnitude ? f(bits, std::true_type{}) : f(bits, std::false_type{});
+    magnitude ? f(int32_t{}, std::true_type{}) : f(int32_t{}, std::false_type{});
+  } else {
+    magnitude ? f(int16_t{}, std::true_type{}) : f(int16_t{}, std::false_type{});
   }
-  const auto* bits = static_cast<const int16_t*>(data);
-  return magnitude ? f(bits, std::true_type{}) : f(bits, std::false_type{});
 }
 
-Tensor count_digits(const Tensor& scores, int64_t shift, std::optional<int64_t> begins,
+Tensor count_digits(at::TensorList scores, int64_t shift, std::optional<int64_t> begins,
                     bool magnitude) {
   Tensor counts = at::zeros({DIGITS}, at::kLong);
   int64_t* out = counts.mutable_data_ptr<int64_t>();
-  with_bits(scores, magnitude, [&](const auto* bits, auto is_magnitude) {
-    using key_t = std::remove_cv_t<std::remove_pointer_t<decltype(bits)>>;
-    count_into<key_t, decltype(is_magnitude)::value>(
-        bits, scores.numel(), static_cast<int>(shift), begins, out);
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude) {
+    count_into<decltype(key), decltype(is_magnitude)::value>(
+        scores, static_cast<int>(shift), begins, out);
   });
   return counts;
 }
 
-std::tuple<int64_t, int64_t> count_scores(const Tensor& scores, int64_t key, bool magnitude) {
-  return with_bits(scores, magnitude, [&](const auto* bits, auto is_magnitude) {
-    using key_t = std::remove_cv_t<std::remove_pointer_t<decltype(bits)>>;
-    return count_against<key_t, decltype(is_magnitude)::value>(bits, scores.numel(), key);
+Tensor count_scores(at::TensorList scores, int64_t limit, bool magnitude) {
+  Tensor counts = at::zeros({static_cast<int64_t>(scores.size()), 2}, at::kLong);
+  int64_t* out = counts.mutable_data_ptr<int64_t>();
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude) {
+    count_against<decltype(key), decltype(is_magnitude)::value>(
+        scores, static_cast<decltype(key)>(limit), out);
   });
+  return counts;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ham_native, library) {
-  library.def("count_digits(Tensor scores, int shift, int? begins, bool magnitude) -> Tensor");
-  library.def("count_scores(Tensor scores, int key, bool magnitude) -> (int, int)");
+  library.def("count_digits(Tensor[] scores, int shift, int? begins, bool magnitude) -> Tensor");
+  library.def("count_scores(Tensor[] scores, int limit, bool magnitude) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ham_native, CPU, library) {

@@ -41,31 +41,32 @@ class Cut:
     ties: int
 
 
-def takes(scores: Tensor) -> bool:
-    """Whether the functions here can count these scores."""
-    return scores.device.type == "cpu" and scores.dtype in KEYS
+def takes(scores: Sequence[Tensor]) -> bool:
+    """Whether the functions here can count these scores: on a CPU, of one dtype with keys."""
+    return all(
+        one.device.type == "cpu" and one.dtype == scores[0].dtype and one.dtype in KEYS
+        for one in scores
+    )
 
 
 def count_digits(
-    scores: Tensor, shift: int, begins: int | None = None, *, magnitude: bool = False
+    scores: Sequence[Tensor], shift: int, begins: int | None = None, *, magnitude: bool = False
 ) -> Counts:
-    """How often each value of a 16-bit digit occurs among the keys of `scores`.
+    """How often each value of a 16-bit digit occurs among the keys of all scores.
 
     Args:
-        scores: fp32, bf16 or fp16, on a CPU.
+        scores: Of one dtype, fp32, bf16 or fp16, on a CPU.
         shift: Place of the digit's lowest bit in the key: 16 or 0 for fp32, 0 for the others.
         begins: None for the first digit, which is signed: entry 32768 counts its zeros. Else what
             a key must begin with, `key >> (shift + 16)`, to be counted by its digit at `shift`.
         magnitude: Whether |score| is meant.
     """
     extension = operators()
-    if extension is not None:
-        found: Counts = extension.count_digits(
-            scores.detach().contiguous(), shift, begins, magnitude
-        ).numpy()
+    if extension is not None and scores:
+        found: Counts = extension.count_digits(_flat(scores), shift, begins, magnitude).numpy()
         return found
     counts: Counts = np.zeros(DIGITS, dtype=np.int64)
-    for keys in _keys(scores, magnitude):
+    for keys in (keys for one in scores for keys in _keys(one, magnitude)):
         if begins is None:
             digits = (keys >> shift).astype(np.int32) + DIGITS // 2
         else:
@@ -74,17 +75,22 @@ def count_digits(
     return counts
 
 
-def count_scores(scores: Tensor, key: int, *, magnitude: bool = False) -> tuple[int, int]:
-    """How many scores have a smaller key, and how many have this one."""
+def count_scores(
+    scores: Sequence[Tensor], key: int, *, magnitude: bool = False
+) -> list[tuple[int, int]]:
+    """For each tensor: how many of its scores have a smaller key, and how many have this one."""
     extension = operators()
-    if extension is not None:
-        below, at = extension.count_scores(scores.detach().contiguous(), key, magnitude)
-        return below, at
-    below = at = 0
-    for keys in _keys(scores, magnitude):
-        below += int(np.count_nonzero(keys < key))
-        at += int(np.count_nonzero(keys == key))
-    return below, at
+    if extension is not None and scores:
+        counts = extension.count_scores(_flat(scores), key, magnitude).tolist()
+        return [(below, equal) for below, equal in counts]
+    found = []
+    for one in scores:
+        below = equal = 0
+        for keys in _keys(one, magnitude):
+            below += int(np.count_nonzero(keys < key))
+            equal += int(np.count_nonzero(keys == key))
+        found.append((below, equal))
+    return found
 
 
 def kth_magnitude(tensors: Sequence[Tensor], k: int) -> Cut:
@@ -95,20 +101,16 @@ def kth_magnitude(tensors: Sequence[Tensor], k: int) -> Cut:
         k: 1 to the number of all weights.
     """
     bits = torch.finfo(tensors[0].dtype).bits
-    counts = sum(
-        (count_digits(one, bits - DIGIT_BITS, magnitude=True) for one in tensors),
-        np.zeros(DIGITS, dtype=np.int64),
-    )
-    digit, left = _find(counts, k)
-    prefix = digit - DIGITS // 2
-    if bits == DIGIT_BITS:
-        return Cut(prefix, k - left, left)
-    counts = sum(
-        (count_digits(one, 0, prefix, magnitude=True) for one in tensors),
-        np.zeros(DIGITS, dtype=np.int64),
-    )
-    digit, left = _find(counts, left)
-    return Cut(prefix << DIGIT_BITS | digit, k - left, left)
+    digit, left = _find(count_digits(tensors, bits - DIGIT_BITS, magnitude=True), k)
+    key = digit - DIGITS // 2
+    if bits > DIGIT_BITS:
+        digit, left = _find(count_digits(tensors, 0, key, magnitude=True), left)
+        key = key << DIGIT_BITS | digit
+    return Cut(key, k - left, left)
+
+
+def _flat(scores: Sequence[Tensor]) -> list[Tensor]:
+    return [one.detach().contiguous() for one in scores]
 
 
 def _find(counts: Counts, rank: int) -> tuple[int, int]:

@@ -48,7 +48,7 @@ def test_kth_magnitude_is_that_of_the_sort(form, dtype):
 def test_counts_of_the_first_digit_follow_the_order_of_the_scores(form, dtype, magnitude):
     (scores, *_) = tensors(dtype)
     shift = torch.finfo(dtype).bits - 16
-    counts = selection.count_digits(scores, shift, magnitude=magnitude)
+    counts = selection.count_digits([scores], shift, magnitude=magnitude)
     assert counts.dtype == np.int64
     assert counts.sum() == scores.numel()
     values = scores.abs() if magnitude else scores
@@ -66,11 +66,11 @@ def test_native_counts_are_those_of_numpy(dtype, magnitude, monkeypatch):
     bits = torch.finfo(dtype).bits
 
     def everything():
-        found = [selection.count_digits(scores, bits - 16, magnitude=magnitude)]
+        found = [selection.count_digits([scores], bits - 16, magnitude=magnitude)]
         if bits == 32:
             for begins in (0, int(found[0].argmax()) - 32768):
-                found.append(selection.count_digits(scores, 0, begins, magnitude=magnitude))
-        found.append(np.array(selection.count_scores(scores, 1 << 12, magnitude=magnitude)))
+                found.append(selection.count_digits([scores], 0, begins, magnitude=magnitude))
+        found.append(np.array(selection.count_scores([scores], 1 << 12, magnitude=magnitude)))
         return found
 
     natively = everything()
@@ -83,7 +83,8 @@ def test_native_counts_are_those_of_numpy(dtype, magnitude, monkeypatch):
 def test_counts_against_a_key(form, dtype):
     (scores, *_) = tensors(dtype)
     zero = 0
-    below, at = selection.count_scores(scores, zero)
+    ((below, at),) = selection.count_scores([scores], zero)
     assert (below, at) == ((scores < 0).sum(), (scores == 0).sum())
-    below, at = selection.count_scores(scores, zero, magnitude=True)
+    ((below, at),) = selection.count_scores([scores], zero, magnitude=True)
     assert (below, at) == (0, (scores == 0).sum())
+    assert selection.count_scores([scores, scores[:7], scores[:0]], zero)[1:] == [(0, 49), (0, 0)]
