@@ -161,7 +161,8 @@ def sparsify(
     with screen.watcher("sparsify") as watcher:
         watcher.stage("starting")
         from hamcli.defaults import out_folder
-        from hamcli.pipeline import complete, run_sparsify
+        from hamcli.opening import complete
+        from hamcli.pipeline import run_sparsify
 
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
@@ -213,7 +214,7 @@ def prune(
     with screen.watcher("prune") as watcher:
         watcher.stage("starting")
         from hamcli.defaults import out_folder
-        from hamcli.pipeline import complete
+        from hamcli.opening import complete
         from hamcli.pruning import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -312,7 +313,8 @@ def inspect(
         *([f"... and {left} smaller tensors (--all shows them)"] if left else []),
         f"matrices: {found.matrix_zeros:,} zeros of {found.matrix_total:,} "
         f"({found.matrix_zeros / max(1, found.matrix_total):.4%}); "
-        f"all: {found.zeros:,} of {found.total:,}; {size(found.file_bytes)} in {len(found.files)} file(s)",
+        f"all: {found.zeros:,} of {found.total:,}; "
+        f"{size(found.file_bytes)} in {len(found.files)} file(s)",
     )
 
 
@@ -339,7 +341,7 @@ def evaluate(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("eval") as watcher:
         watcher.stage("starting")
-        from hamcli.pipeline import complete
+        from hamcli.opening import complete
         from hamcli.pruning import evaluate as evaluate_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -412,7 +414,7 @@ def plan(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("plan") as watcher:
         watcher.stage("starting")
-        from hamcli.pipeline import complete
+        from hamcli.opening import complete
         from hamcli.planning import plan as plan_run
 
         found = plan_run(complete(layers, has_recipe=recipe is not None), watcher)

@@ -28,6 +28,7 @@ from hamcli.errors import printable
 from hamcli.progress import StepRecord
 
 PLAIN_SECONDS = 10.0
+PIPE_WIDTH = 200  # a pipe has no width of its own; a table should not fold in it
 LOSS_MEMORY = 0.9
 
 
@@ -86,7 +87,9 @@ class Screen:
         self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False
     ) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
-        self._out = Console(file=Unbreakable(sys.stdout), highlight=False, soft_wrap=False)  # type: ignore[arg-type]  # a stream in all but type
+        out = Unbreakable(sys.stdout)
+        width = None if out.isatty() else PIPE_WIDTH
+        self._out = Console(file=out, highlight=False, width=width)  # type: ignore[arg-type]  # a stream in all but type
         self._err = Console(file=Unbreakable(sys.stderr), highlight=False, soft_wrap=True)  # type: ignore[arg-type]  # a stream in all but type
 
     def result(self, document: Any, *tables: Table | str) -> None:

@@ -1,5 +1,6 @@
-"""What was written, turned into records: counts, sizes, histogram and gate of a finished folder."""
+"""What a run found and wrote, turned into records: counts, sizes, quality, machine, gate."""
 
+import platform
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,15 +9,23 @@ import torch
 from torch import Tensor
 
 from hamcli.checkpoint.recount import count_zeros, weight_files
+from hamcli.data import Data
+from hamcli.evaluation import Quality, drop
+from hamcli.opening import Opened, data_digests
 from hamcli.report.records import (
+    DataRecord,
+    EnvironmentRecord,
     FileRecord,
     GateCondition,
     GateRecord,
     Histogram,
+    ModelRecord,
+    QualityRecord,
     SizeRecord,
     SparsityRecord,
     TensorRecord,
 )
+from hamcli.runstate import installed_versions
 
 GZIP_LEVEL = 6
 GZIP_BLOCK = 4 * 2**20
@@ -35,16 +44,15 @@ def counted_tensors(
         stored: Name in the model to names in the files.
     """
     counts = count_zeros(folder)
-    made = []
-    for name in names:
-        for file_name in stored[name]:
-            one = counts[file_name]
-            made.append(
-                TensorRecord.counted(
-                    file_name, shape=one.shape, dtype=one.dtype, zeros=one.zeros, total=one.total
-                )
-            )
-    return tuple(made)
+    # several parameters may lie in one tensor of the file, which counts once
+    file_names = dict.fromkeys(file_name for name in names for file_name in stored[name])
+    found = [counts[file_name] for file_name in file_names]
+    return tuple(
+        TensorRecord.counted(
+            one.name, shape=one.shape, dtype=one.dtype, zeros=one.zeros, total=one.total
+        )
+        for one in found
+    )
 
 
 def sparsity_record(
@@ -136,3 +144,63 @@ def gate_record(
             GateCondition("min_sparsity", min_sparsity, achieved, achieved >= min_sparsity)
         )
     return GateRecord.of(*conditions) if conditions else None
+
+
+def quality_record(
+    dense: Quality | None, sparse: Quality, one_shot: Quality | None, data: Data
+) -> QualityRecord:
+    """Dense beside sparse; without a dense model to compare, the sparse one alone."""
+    return QualityRecord(
+        metric=sparse.metric,
+        dense=dense.value if dense is not None else None,
+        sparse=sparse.value,
+        drop=drop(dense, sparse) if dense is not None else None,
+        data=data.evaluation_description,
+        num_examples=sparse.num_examples,
+        higher_is_better=sparse.higher_is_better,
+        one_shot=one_shot.value if one_shot is not None else None,
+        agreement=sparse.agreement,
+        dense_loss=dense.loss if dense is not None else None,
+        sparse_loss=sparse.loss,
+    )
+
+
+def model_record(opened: Opened) -> ModelRecord:
+    """Where the dense model came from, without paths of this machine."""
+    source = opened.source
+    name = source.id.partition("@")[0]
+    return ModelRecord(
+        id=Path(name).name if Path(name).exists() else name,
+        revision=source.revision,
+        sha256=dict(source.files),
+        task=opened.loaded.task,
+        architecture=type(opened.loaded.model).__name__,
+        is_hub=source.revision is not None,
+    )
+
+
+def environment_record(device: torch.device, precision: str) -> EnvironmentRecord:
+    """Versions and device; no host name, no path."""
+    on_cuda = device.type == "cuda"
+    return EnvironmentRecord(
+        versions=installed_versions(),
+        device=device.type,
+        threads=torch.get_num_threads(),
+        device_name=torch.cuda.get_device_name(device) if on_cuda else None,
+        precision="fp32" if precision == "no" else precision,
+        python=platform.python_version(),
+        platform=f"{platform.system()} {platform.machine()}",
+    )
+
+
+def data_record(opened: Opened) -> DataRecord:
+    """What the run learned from."""
+    source = opened.recipe.data.source
+    return DataRecord(
+        description=opened.data.description,
+        source=Path(source).name if source is not None and Path(source).exists() else source,
+        num_train=len(opened.data.train),
+        num_evaluation=len(opened.data.evaluation),
+        notes=opened.data.notes,
+        sha256=data_digests(opened.recipe),
+    )

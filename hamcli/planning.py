@@ -7,7 +7,7 @@ import torch
 
 from hamcli.data import batch
 from hamcli.objective import make_teacher
-from hamcli.pipeline import Opened, objective_of, open_run
+from hamcli.opening import Opened, objective_of, open_run
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe
 from hamcli.sparsity.masks import make_rules

@@ -9,20 +9,9 @@ from hamcli import __version__, outcome
 from hamcli.data import Data, evaluation_batches
 from hamcli.errors import UsageError
 from hamcli.evaluation import Quality, drop, measure
+from hamcli.finishing import finish_folder, reload, write_folder
 from hamcli.objective import make_teacher
-from hamcli.pipeline import (
-    Opened,
-    data_record,
-    environment_record,
-    finish_folder,
-    model_record,
-    open_run,
-    public_recipe,
-    quality_record,
-    reload,
-    run_identity,
-    write_folder,
-)
+from hamcli.opening import Opened, open_run, public_recipe, run_identity
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe
 from hamcli.report.records import Report
@@ -73,12 +62,12 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
         progress.stage("measuring dense and pruned")
         dense = _measure(opened, teacher, teacher, device)
         sparse = _measure(opened, reload(opened, written.stage, device), teacher, device)
-        quality = quality_record(dense, sparse, None, opened.data)
+        quality = outcome.quality_record(dense, sparse, None, opened.data)
         report = Report(
             ham_version=__version__,
-            model=model_record(opened),
+            model=outcome.model_record(opened),
             recipe=public_recipe(opened.recipe),
-            environment=environment_record(device, "no"),
+            environment=outcome.environment_record(device, "no"),
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
@@ -88,7 +77,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
                 recipe.gate.max_drop, recipe.gate.min_sparsity, quality.drop, sparsity.achieved
             ),
             command="prune",
-            data=data_record(opened),
+            data=outcome.data_record(opened),
             histogram=outcome.histogram(before, targets.params),
             warnings=opened.data.notes,
         )

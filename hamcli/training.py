@@ -6,7 +6,7 @@ run bit for bit. accelerate brings precision, devices and processes.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -138,7 +138,8 @@ def train(
             group["lr"] = lr
         loss = _accumulate(wrapped, hooks, step, accelerator, accumulation, seed)
         norm = accelerator.clip_grad_norm_(params, max_grad_norm if max_grad_norm > 0 else math.inf)
-        _refuse_divergence(step, loss, float(norm), model)
+        may_skip = getattr(accelerator, "scaler", None) is not None
+        _refuse_divergence(step, loss, float(norm), model, may_skip=may_skip)
         stepper.step()
         stepper.zero_grad()
         measured = hooks.exponents() if hooks.measures(step) else None
@@ -182,8 +183,11 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
-def _refuse_divergence(step: int, loss: float, norm: float, model: nn.Module) -> None:
-    if math.isfinite(loss) and math.isfinite(norm):
+def _refuse_divergence(
+    step: int, loss: float, norm: float, model: nn.Module, *, may_skip: bool = False
+) -> None:
+    # With a gradient scaler an overflow is expected: the scaler skips the step and scales down.
+    if math.isfinite(loss) and (math.isfinite(norm) or may_skip):
         return
     bad = first_non_finite((name, param.grad) for name, param in model.named_parameters())
     raise Diverged(
@@ -204,25 +208,3 @@ def first_non_finite(
         if tensor is not None and not bool(torch.isfinite(tensor).all()):
             return name
     return None
-
-
-def curves(records: Sequence[StepRecord], *, points: int = 400) -> Mapping[str, list[float | None]]:
-    """Columns of at most about `points` rows, evenly thinned, the last record always among them.
-
-    The loss of a row is the mean over the steps since the row before, so thinning hides no spike.
-    """
-    stride = max(1, math.ceil(len(records) / points))
-    rows = [records[start : start + stride] for start in range(0, len(records), stride)]
-    return {
-        "step": [float(row[-1].step) for row in rows],
-        "loss": [sum(record.loss for record in row) / len(row) for row in rows],
-        "sparsity": [row[-1].sparsity for row in rows],
-        "lr": [row[-1].lr for row in rows],
-        "exponent_mean": [_last_measured(row, "exponent_mean") for row in rows],
-        "exponent_max": [_last_measured(row, "exponent_max") for row in rows],
-    }
-
-
-def _last_measured(row: Sequence[StepRecord], key: str) -> float | None:
-    found = [getattr(record, key) for record in row if getattr(record, key) is not None]
-    return found[-1] if found else None

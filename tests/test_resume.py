@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hamcli.errors import Preempted
+from hamcli.errors import Preempted, UsageError
 from hamcli.pipeline import sparsify
 from hamcli.progress import Silent
 
@@ -82,3 +82,18 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     assert "to go on: ham sparsify" in rest
     assert "--resume" in rest
     assert list((tmp_path / "out.run" / "checkpoints").iterdir())
+
+
+def test_the_same_run_on_a_finished_folder_changes_nothing(tmp_path):
+    run(tmp_path / "out")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
+    report = run(tmp_path / "out")
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()} == before
+    assert report.to_json() == (tmp_path / "out" / "report.json").read_text()
+    assert not (tmp_path / "out.run").exists()
+
+
+def test_another_run_on_a_finished_folder_is_refused(tmp_path):
+    run(tmp_path / "out", steps=2)
+    with pytest.raises(UsageError, match="E112"):
+        run(tmp_path / "out", steps=3)

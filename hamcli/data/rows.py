@@ -253,7 +253,7 @@ def _ask_hub(name: str) -> None:
     """Fail in seconds where there is no network, unless the data set is in the cache."""
     import datasets
     from huggingface_hub import HfApi
-    from huggingface_hub.utils import HfHubHTTPError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         HfApi().dataset_info(name, timeout=HUB_SECONDS)

@@ -260,7 +260,8 @@ def _schema_at(path: KeyPath) -> dict[str, Any]:
 
 def _members(path: KeyPath) -> list[dict[str, Any]]:
     here = _schema_at(path)
-    return here.get("anyOf", [here])
+    members: list[dict[str, Any]] = here.get("anyOf", [here])
+    return members
 
 
 def _near_key(path: KeyPath) -> str:

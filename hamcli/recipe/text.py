@@ -134,7 +134,7 @@ def _refuse_syntax(error: yaml.YAMLError, name: str) -> NoReturn:
     raise RecipeError("E202", "recipe is not YAML", where, shown(why)) from None
 
 
-def _place(name: str, mark: yaml.Mark) -> str:
+def _place(name: str, mark: Any) -> str:  # yaml.Mark, which PyYAML types in two ways
     return f"{name}:{mark.line + 1}:{mark.column + 1}"
 
 

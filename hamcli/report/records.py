@@ -181,6 +181,7 @@ class DataRecord:
     num_train: int | None = None
     num_evaluation: int | None = None
     notes: tuple[str, ...] = ()
+    sha256: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

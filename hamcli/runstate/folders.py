@@ -159,7 +159,8 @@ def _refuse_unwritable(out: Path) -> None:
             "it does not exist",
             hints=[f"mkdir -p {out.parent}"],
         )
-    for path in (out.parent, out, run_folder(out)):
+    # Not OUT.run: another run may be removing it just now, and opening it says what is wrong.
+    for path in (out.parent, out):
         if path.exists() and not os.access(path, os.W_OK | os.X_OK):
             raise ResourceError(
                 "E502", "cannot write", path, "permission denied", "a folder that you may write"

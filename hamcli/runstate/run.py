@@ -359,7 +359,9 @@ class RunState:
 
 
 def _refuse_foreign(folder: Path) -> None:
-    names = [path.name for path in folder.iterdir()] if folder.exists() else []
+    names: list[str] = []
+    with suppress(FileNotFoundError):  # there is none, or the run before is just removing it
+        names = [path.name for path in folder.iterdir()]
     if names and not any(_is_ours(name) for name in names):
         raise UsageError(
             "E114", "the run folder is not of ham", folder, f"it holds {names[0]}", "another --out"

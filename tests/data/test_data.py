@@ -14,7 +14,9 @@ from hamcli.data.texts import IGNORED, MaskRule
 from hamcli.errors import InputRefused
 from hamcli.recipe.schema import DataSection
 
-CONFIG = SimpleNamespace(id2label={0: "ham", 1: "spam"}, num_channels=1, image_size=None, vocab_size=300)
+CONFIG = SimpleNamespace(
+    id2label={0: "ham", 1: "spam"}, num_channels=1, image_size=None, vocab_size=300
+)
 
 
 class Letters:

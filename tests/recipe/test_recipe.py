@@ -66,7 +66,8 @@ def test_all_faults_are_told_at_once():
     "text",
     [
         "a: &x 1\nb: *x", "a: !!python/object:os.system x", "sparsity: {target: .nan}",
-        "optimizer: {lr: 1e999}", "sparsity: 3", "- 1", "a: 1\n---\nb: 2", "sparsity: {target: true}",
+        "optimizer: {lr: 1e999}", "sparsity: 3", "- 1", "a: 1\n---\nb: 2",
+        "sparsity: {target: true}",
         "[" * 2000, "sparsity: {target: 0.5, target: 0.6}", "model: {token: x}", "a: [", "\x00",
         "sparsity: {pattern: '4:2'}", "sparsity: {pattern: '2:4', target: 0.9}",
         "sparsity: {ramp_start: 0.6, freeze_last: 0.5}", "x" * 300_000,

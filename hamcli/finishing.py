@@ -1,0 +1,65 @@
+"""The finished folder: written into a stage, opened again as a stranger would, published."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from hamcli import __version__
+from hamcli.checkpoint.dense import write_model
+from hamcli.checkpoint.loading import load_model
+from hamcli.checkpoint.source import find_model
+from hamcli.opening import Opened
+from hamcli.progress import Progress
+from hamcli.recipe import effective_text
+from hamcli.report.records import Report
+from hamcli.runstate import RunState, installed_versions
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A staged folder: model, configs and recipe, no report yet."""
+
+    stage: Path
+    names: dict[str, tuple[str, ...]]
+    files: tuple[tuple[str, int, str], ...]
+
+
+def write_folder(opened: Opened, model: nn.Module, run: RunState) -> Written:
+    """Write the model and the effective recipe into a staging folder."""
+    stage = run.stage()
+    section = opened.recipe.export
+    made = write_model(
+        model,
+        opened.source,
+        stage,
+        dtype=section.dtype,
+        max_shard_size=section.max_shard_size,
+        tokenizer=opened.loaded.tokenizer,
+        image_processor=opened.loaded.image_processor,
+    )
+    text = effective_text(opened.recipe, {"ham": __version__, **installed_versions()})
+    (stage / "recipe.yaml").write_text(text, encoding="utf-8")
+    raw = text.encode()
+    files = [(one.path, one.bytes, one.sha256) for one in made.files]
+    files.append(("recipe.yaml", len(raw), hashlib.sha256(raw).hexdigest()))
+    return Written(stage, made.names, tuple(files))
+
+
+def reload(opened: Opened, folder: Path, device: torch.device) -> nn.Module:
+    """The written model, opened as a stranger's would be."""
+    source = find_model(str(folder), hashed=False)
+    return load_model(source, opened.loaded.task, dtype="float32").model.to(device)
+
+
+def finish_folder(report: Report, stage: Path, run: RunState, progress: Progress) -> Report:
+    """Write the report's three files and publish the folder."""
+    from hamcli.report.writing import write_report
+
+    progress.stage("writing the report")
+    write_report(report, stage)
+    for text in run.publish(stage):
+        progress.warn(text)
+    return report

@@ -1,0 +1,453 @@
+"""One run of `ham sparsify`: train while zeros come, write, reopen, recount, measure, report."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hamcli import __version__, outcome
+from hamcli.data import batch, evaluation_batches
+from hamcli.errors import HamError, Interrupted, Preempted
+from hamcli.evaluation import Quality, measure
+from hamcli.finishing import finish_folder, reload, write_folder
+from hamcli.objective import Objective, make_teacher
+from hamcli.opening import Opened, objective_of, public_recipe
+from hamcli.optim import HAM
+from hamcli.progress import Progress, StepRecord
+from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
+from hamcli.runstate import Checkpoint, RunState
+from hamcli.signals import Stop
+from hamcli.sparsity.masks import apply_masks_, prune_masks
+from hamcli.sparsity.methods import Sparsifier, make_sparsifier
+from hamcli.training import Hooks, make_accelerator, train, warm_up_and_decay
+
+MEASURED_STEPS = 50  # times in a run that the mirror step is measured
+MOVED_FLOOR = 0.01
+RUN_PARTS = (
+    "model",
+    "optimizer",
+    "sparsifier",
+    "values.groups",
+    "values.records",
+    "values.seconds",
+)
+
+
+class Sparsification:
+    """One run of `sparsify`, from opened model to written folder."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        run: RunState,
+        stop: Stop,
+        progress: Progress,
+        warnings: list[str],
+        command: str,
+    ) -> None:
+        self.opened, self.run, self.stop, self.progress = opened, run, stop, progress
+        self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
+        self.warnings, self.command = warnings, command
+        self.model = opened.loaded.model
+        training = self.recipe.training
+        self.accelerator = make_accelerator(training.device, training.precision)
+        self.device = self.accelerator.device
+        self.records: list[StepRecord] = []
+        self.seconds_before = 0.0
+
+    def work(self) -> Report:
+        """Train, prune, write, reopen, measure, report."""
+        objective = objective_of(self.opened)
+        for note in objective.notes:
+            self.progress.note(note)
+        self.model.to(self.device)
+        dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
+        teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
+        self.progress.stage("measuring the dense model")
+        dense = self._measure(self.model, teacher) if teacher is not None else None
+        one_shot = self._one_shot(teacher)
+        sparsifier = self._sparsifier()
+        optimizer = self._optimizer()
+        seconds = self._train(objective, optimizer, sparsifier, teacher)
+        threshold = self._threshold(dense_weights, sparsifier)
+        return self._write(
+            objective,
+            optimizer,
+            sparsifier,
+            teacher,
+            dense,
+            one_shot,
+            dense_weights,
+            seconds,
+            threshold,
+        )
+
+    def _batches(self) -> Any:
+        section = self.recipe.evaluation
+        return evaluation_batches(
+            self.data, batch_size=section.batch_size, examples=section.examples
+        )
+
+    def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality:
+        return measure(
+            model,
+            self._batches(),
+            task=self.opened.loaded.task,
+            has_labels=self.data.has_labels,
+            teacher=teacher,
+            device=self.device,
+        )
+
+    def _one_shot(self, teacher: nn.Module | None) -> Quality | None:
+        """Quality of pruning as far in one shot; the model is left as it was."""
+        if teacher is None or self.recipe.sparsity.target == 0.0:
+            return None
+        self.progress.stage("measuring one-shot pruning")
+        kept = [param.detach().clone() for param in self.targets.params]
+        section = self.recipe.sparsity
+        masks = prune_masks(
+            self.targets,
+            section.target,
+            allocation=section.allocation,
+            pattern=section.pattern,
+            min_sparsity=section.min_sparsity,
+            max_sparsity=section.max_sparsity,
+        )
+        apply_masks_(self.targets, masks)
+        quality = self._measure(self.model, teacher)
+        with torch.no_grad():
+            for param, values in zip(self.targets.params, kept, strict=True):
+                param.copy_(values)
+        return quality
+
+    def _sparsifier(self) -> Sparsifier:
+        section = self.recipe.sparsity
+        return make_sparsifier(
+            section.method,
+            self.targets,
+            target=section.target,
+            steps=self.recipe.training.steps,
+            allocation=section.allocation,
+            pattern=section.pattern,
+            ramp_start=section.ramp_start,
+            freeze_last=section.freeze_last,
+            update_every=section.update_every,
+            min_sparsity=section.min_sparsity,
+            max_sparsity=section.max_sparsity,
+        )
+
+    def _optimizer(self) -> HAM:
+        section = self.recipe.optimizer
+        targeted = {id(param) for param in self.targets.params}
+        others = [param for param in self.model.parameters() if id(param) not in targeted]
+        wide = [param for param in others if param.dim() >= 2]
+        flat = [param for param in others if param.dim() < 2]
+        groups: list[dict[str, Any]] = [{"params": self.targets.params}]
+        groups += [{"params": wide, "mirror": False}] if wide else []
+        groups += [{"params": flat, "mirror": False, "weight_decay": 0.0}] if flat else []
+        return HAM(
+            groups,
+            base=section.base,
+            lr=section.lr,
+            weight_decay=section.weight_decay,
+            betas=section.betas,
+            eps=section.eps,
+            momentum=section.momentum if section.base == "sgd" else 0.0,
+            nesterov=section.nesterov,
+            alpha=section.ham.alpha,
+            beta=section.ham.beta,
+            scaling=section.ham.scaling,
+            strength=section.ham.strength,
+            clamp=section.ham.clamp,
+            backend=section.ham.backend,
+        )
+
+    # ---- training ----
+
+    def _train(
+        self,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        teacher: nn.Module | None,
+    ) -> float:
+        training = self.recipe.training
+        done = self._resume(optimizer, sparsifier)
+        self._preflight()
+        if done == 0:
+            self._take_masks(optimizer, sparsifier, 0)
+        every = max(1, training.steps // MEASURED_STEPS)
+
+        def after_step(step: int) -> float:
+            self._take_masks(optimizer, sparsifier, step)
+            if (step + 1) % every == 0 or step == 0:
+                optimizer.measure_next_step()
+            return sparsifier.sparsity
+
+        section = self.recipe.optimizer
+        hooks = Hooks(
+            batch_at=lambda micro: batch(
+                self.data, micro, batch_size=training.batch_size, seed=training.seed
+            ),
+            loss_of=lambda model, values: objective(model, values, teacher),
+            lr_at=warm_up_and_decay(
+                section.schedule, peak=section.lr, steps=training.steps, warmup=section.warmup
+            ),
+            measures=lambda step: step % every == 0,
+            exponents=optimizer.exponent_statistics,
+            after_step=after_step,
+        )
+        if every == 1 or (done + 1) % every == 0:
+            optimizer.measure_next_step()
+        began = time.monotonic()
+        self.progress.begin_steps(
+            steps=training.steps, done=done, target=self.recipe.sparsity.target
+        )
+        try:
+            for record in train(
+                self.model,
+                optimizer,
+                hooks,
+                accelerator=self.accelerator,
+                first_step=done + 1,
+                last_step=training.steps,
+                accumulation=training.accumulation,
+                max_grad_norm=section.max_grad_norm,
+                seed=training.seed,
+            ):
+                self.records.append(record)
+                self.progress.step(record)
+                seconds = self.seconds_before + time.monotonic() - began
+                due = record.step % training.checkpoint_every == 0
+                if self.stop.requested or (due and record.step < training.steps):
+                    self._save(record.step, optimizer, sparsifier, seconds)
+                if self.stop.requested:
+                    raise self._stopped(record.step)
+        finally:
+            self.progress.end_steps()
+        return self.seconds_before + time.monotonic() - began
+
+    def _take_masks(self, optimizer: HAM, sparsifier: Sparsifier, step: int) -> None:
+        masks = sparsifier.masks_due(step)
+        if masks is not None:
+            optimizer.set_masks(dict(zip(self.targets.params, masks, strict=True)))
+
+    def _preflight(self) -> None:
+        weights = sum(param.numel() for param in self.model.parameters()) * 4
+        self.run.check_space(checkpoint_bytes=3 * weights, model_bytes=weights)
+
+    def _save(self, step: int, optimizer: HAM, sparsifier: Sparsifier, seconds: float) -> None:
+        state = optimizer.state_dict()
+        tensors = {
+            f"{index}.{key}": value
+            for index, entries in state["state"].items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        }
+        self.run.save(
+            step,
+            {
+                "model": _own_tensors(self.model),
+                "optimizer": tensors,
+                "sparsifier": sparsifier.state(),
+            },
+            {
+                "groups": state["param_groups"],
+                "records": [asdict(record) for record in self.records],
+                "seconds": seconds,
+            },
+        )
+
+    def _resume(self, optimizer: HAM, sparsifier: Sparsifier) -> int:
+        if not self.run.resume:
+            return 0
+        found, notes = self.run.newest_valid(RUN_PARTS)
+        assert found is not None
+        for note in notes:
+            self.warnings.append(note)
+            self.progress.warn(note)
+        self._restore(found, optimizer, sparsifier)
+        self.progress.note(f"going on from step {found.step}")
+        return found.step
+
+    def _restore(self, found: Checkpoint, optimizer: HAM, sparsifier: Sparsifier) -> None:
+        own = _own_tensors(self.model)
+        saved = found.tensors("model", set(own))
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(saved[name])
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in found.tensors("optimizer").items():
+            index, _, key = name.partition(".")
+            entries.setdefault(int(index), {})[key] = tensor
+        optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
+        sparsifier.load_state(found.tensors("sparsifier"))
+        self.records = [StepRecord(**record) for record in found.values["records"]]
+        self.seconds_before = float(found.values["seconds"])
+
+    def _stopped(self, step: int) -> HamError:
+        kind = Interrupted if self.stop.requested == "SIGINT" else Preempted
+        code = "E902" if kind is Interrupted else "E901"
+        again = self.command or "the same command"
+        if "--resume" not in again:
+            again += " --resume"
+        return kind(
+            code,
+            "interrupted" if kind is Interrupted else f"stopped by {self.stop.requested}",
+            "",
+            f"saved step {step}; to go on: {again}",
+        )
+
+    # ---- the end ----
+
+    def _threshold(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> float | None:
+        """Largest dense magnitude among the dropped weights of a one-shot run; else unknown."""
+        if self.recipe.sparsity.method != "one-shot" or sparsifier.masks is None:
+            return None
+        dropped = [
+            float(weights.abs()[~mask.cpu()].max())
+            for weights, mask in zip(dense, sparsifier.masks, strict=True)
+            if bool((~mask).any())
+        ]
+        return max(dropped, default=None)
+
+    def _write(
+        self,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        teacher: nn.Module | None,
+        dense: Quality | None,
+        one_shot: Quality | None,
+        dense_weights: Sequence[Tensor],
+        seconds: float,
+        threshold: float | None,
+    ) -> Report:
+        section = self.recipe.sparsity
+        self.progress.stage("writing and recounting")
+        if sparsifier.masks is not None:
+            apply_masks_(self.targets, sparsifier.masks)
+        self.model.eval()
+        written = write_folder(self.opened, self.model, self.run)
+        tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
+        sparsity = outcome.sparsity_record(
+            tensors,
+            section.target,
+            num_parameters=sum(param.numel() for param in self.model.parameters()),
+            threshold=threshold,
+            natural_zeros=sparsifier.natural_zeros,
+            method=section.method,
+            allocation=section.allocation,
+            pattern=section.pattern,
+        )
+        if sparsity.zeros < sparsifier.num_zeros:
+            raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
+        self.progress.stage("measuring the written model")
+        sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
+        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
+        self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
+        report = Report(
+            ham_version=__version__,
+            model=outcome.model_record(self.opened),
+            recipe=public_recipe(self.recipe),
+            environment=outcome.environment_record(self.device, self.accelerator.mixed_precision),
+            sparsity=sparsity,
+            tensors=tensors,
+            files=outcome.file_records(written.stage, written.files),
+            size=outcome.size_record(written.stage, self.opened.source.weights),
+            quality=quality,
+            training=self._training_record(objective, optimizer, dense_weights, seconds),
+            gate=outcome.gate_record(
+                self.recipe.gate.max_drop,
+                self.recipe.gate.min_sparsity,
+                quality.drop,
+                sparsity.achieved,
+            ),
+            data=outcome.data_record(self.opened),
+            histogram=outcome.histogram(dense_weights, self.targets.params),
+            warnings=tuple(self.warnings),
+        )
+        return finish_folder(report, written.stage, self.run, self.progress)
+
+    def _warn_of(self, tensors: Any, natural_zeros: int, sparsifier: Sparsifier) -> None:
+        empty = [one.name for one in tensors if one.zeros == one.total]
+        if empty and self.recipe.sparsity.target < 1.0:
+            text = f"{len(empty)} tensors lost every weight, first {empty[0]}"
+            self.warnings.append(text)
+            self.progress.warn(text)
+        moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
+        is_on = self.recipe.optimizer.ham.alpha != 0 or self.recipe.optimizer.ham.beta != 0
+        if is_on and moved and max(moved) < MOVED_FLOOR:
+            text = "the mirror step moved almost no weight: HAM did nothing in this run"
+            self.warnings.append(text)
+            self.progress.warn(text)
+
+    def _training_record(
+        self, objective: Objective, optimizer: HAM, dense: Sequence[Tensor], seconds: float
+    ) -> TrainingRecord:
+        means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
+        greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
+        moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
+        last = optimizer.exponent_statistics()
+        group = optimizer.param_groups[0]
+        is_on = not (group["alpha"] == 0 and group["beta"] == 0)
+        ham = HamRecord(
+            scaling=group["scaling"],
+            strength=group["strength"],
+            alpha=last.alpha if last is not None else None,
+            beta=group["beta"],
+            clamp=group["clamp"],
+            exponent_mean=_mean(means),
+            exponent_max=max(greatest, default=None),
+            clamped_fraction=last.clamped_fraction if last is not None else None,
+            guard_events=last.guard_events if last is not None else 0,
+        )
+        training = self.recipe.training
+        return TrainingRecord(
+            steps=training.steps,
+            seconds=round(seconds, 1),
+            ham_moved_fraction=_mean(moved),
+            sign_flips=sign_flips(dense, self.targets.params),
+            curves=Curves.from_rows(curve_rows(self.records), limit=500),
+            ham=ham if is_on else None,
+            batch_size=training.batch_size * training.accumulation,
+            objective=objective.description,
+            optimizer=self.recipe.optimizer.base,
+        )
+
+
+def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """A row a step; between two measured mirror steps the last one's exponents hold."""
+    rows = []
+    held: dict[str, Any] = {}
+    for record in records:
+        row = asdict(record)
+        measured = {key: row[key] for key in ("exponent_mean", "exponent_max")}
+        held = measured if record.exponent_mean is not None else held
+        rows.append({**row, **held})
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
+
+
+def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by their first name, tied ones once."""
+    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
+
+
+def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
+    """Share of the surviving weights whose sign is not the dense model's."""
+    alive = flipped = 0
+    for old, new in zip(before, after, strict=True):
+        kept = new.detach().cpu()
+        alive += int(kept.count_nonzero())
+        flipped += int((torch.sign(kept) * torch.sign(old) < 0).sum())
+    return flipped / alive if alive else 0.0
+
+
+# ---- what sparsify and prune share ----
