@@ -155,7 +155,7 @@ def quality_record(
         dense=dense.value if dense is not None else None,
         sparse=sparse.value,
         drop=drop(dense, sparse) if dense is not None else None,
-        data=data.evaluation_description,
+        data=f"{sparse.num_examples:,} of {data.evaluation_description}",
         num_examples=sparse.num_examples,
         higher_is_better=sparse.higher_is_better,
         one_shot=one_shot.value if one_shot is not None else None,

@@ -133,7 +133,7 @@ def _evaluation(sparse: Quality, dense: Quality | None, data: Data) -> Evaluatio
         sparse.loss,
         sparse.agreement,
         sparse.num_examples,
-        data.evaluation_description,
+        f"{sparse.num_examples:,} of {data.evaluation_description}",
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamcli import __version__, outcome
+from hamcli import __version__, native, outcome
 from hamcli.data import batch, evaluation_batches
 from hamcli.errors import HamError, Interrupted, Preempted
 from hamcli.evaluation import Quality, measure
@@ -70,6 +70,7 @@ class Sparsification:
         dense = self._measure(self.model, teacher) if teacher is not None else None
         one_shot = self._one_shot(teacher)
         sparsifier = self._sparsifier()
+        self._prepare_step()
         optimizer = self._optimizer()
         seconds = self._train(objective, optimizer, sparsifier, teacher)
         threshold = self._threshold(dense_weights, sparsifier)
@@ -84,6 +85,14 @@ class Sparsification:
             seconds,
             threshold,
         )
+
+    def _prepare_step(self) -> None:
+        """Build the native step before the clock of the first step runs, and say so."""
+        if self.device.type != "cpu" or self.recipe.optimizer.ham.backend not in ("auto", "cpu"):
+            return
+        status = native.prepare(self.progress.stage)
+        if not status.is_available:
+            self.progress.warn(f"{status.reason}; the slower step in plain torch is used")
 
     def _batches(self) -> Any:
         section = self.recipe.evaluation

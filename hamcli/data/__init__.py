@@ -326,7 +326,7 @@ def _described(
         second,
         has_labels,
         f"{_short(train.name)}: {len(first):,} {unit}, {labelled}",
-        f"{_short(held.name)}: {len(second):,} {unit} held out",
+        f"{len(second):,} held-out {unit} of {_short(held.name)}",
         tuple(note for note in notes if note),
     )
 
