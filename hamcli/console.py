@@ -297,7 +297,7 @@ class SparsityColumn(ProgressColumn):
         now = task.fields.get("sparsity")
         if now is None:
             return Text("")
-        return Text(f"sparsity {now:.1%} → {task.fields['target']:.4g}", style="magenta")
+        return Text(f"sparsity {now:.1%} → {task.fields['target']:.1%}", style="magenta")
 
 
 class LeftColumn(TimeRemainingColumn):
