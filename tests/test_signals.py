@@ -11,6 +11,14 @@ import pytest
 from hamcli.signals import stop_on_signals
 
 
+@pytest.fixture(autouse=True)
+def hangups_are_heard():
+    """As in a terminal, also where the tests run under nohup."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGHUP, before)
+
+
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP"])
 def test_a_preempting_signal_sets_the_flag_and_means_75(name):
     with stop_on_signals() as stop:
