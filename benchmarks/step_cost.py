@@ -10,8 +10,6 @@ writes benchmarks/results/DATE-step-cost.json.
 import argparse
 import datetime
 import json
-import os
-import platform
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +17,8 @@ from typing import Any
 
 import torch
 
+from hamcli.benchmarking.model import environment
+from hamcli.benchmarking.selection import SelectionCost, bench_selection
 from hamcli.benchmarking.step import StepCost, bench_step
 
 RESULTS = Path(__file__).parent / "results"
@@ -65,19 +65,25 @@ def show(title: str, cost: StepCost) -> None:
               f"the step's share of training {cost.step_share:.1%}")  # fmt: skip
 
 
+def show_selection(title: str, cost: SelectionCost) -> None:
+    """One table."""
+    print(
+        f"\n{title}: 90 % of {cost.num_weights / 1e6:.1f} M {cost.dtype}, {cost.threads} threads, "
+        f"{cost.clock} time, masks {cost.mask_bytes / 2**20:.1f} MiB\n"
+        f"  {'part':18s} {'ns each':>8s} {'ratio':>6s}  {'tenth..ninetieth':>16s} {'extra MiB':>9s}"
+    )
+    for one in cost.variants:
+        low, high = one.ratio_spread
+        extra = "-" if one.extra_bytes is None else f"{one.extra_bytes / 2**20:.1f}"
+        print(f"  {one.name:18s} {one.seconds / cost.num_weights * 1e9:8.2f} {one.ratio:6.2f}  "
+              f"{low:7.2f}..{high:<7.2f} {extra:>9s}")  # fmt: skip
+
+
 def commit() -> str:
     """The commit that was measured."""
     command = ["git", "rev-parse", "--short", "HEAD"]
     folder = Path(__file__).parent
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
-
-
-def processor() -> str:
-    """What the CPU calls itself."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
 
 
 def main() -> None:
@@ -105,16 +111,14 @@ def main() -> None:
             train = training_pass(model) if name == "minilm" else None
             measure(name, shapes, clock=clock, train=train)
             del model, train
+            chosen = bench_selection(shapes, rounds=options.rounds, clock=clock)
+            show_selection(name, chosen)
+            records.append({"title": f"{name}, selection", **chosen.as_json()})
             if name == "minilm":
                 measure(name, shapes, clock=clock, base="sgd")
                 measure(name, shapes, clock=clock, dtype=torch.bfloat16)
     result = {
-        "device": processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **environment(),
         "commit": commit(),
         "records": records,
     }

@@ -100,7 +100,12 @@ struct Keys {
 
   C10_ALWAYS_INLINE key_t operator[](int64_t i) const {
     const key_t key = key_of<key_t, magnitude>(bits[i]);
-    return masked && !kept[i] ? dropped : key;
+    if (!masked) {
+      return key;
+    }
+    // all bits or none: a choice would be a branch, taken at random
+    const auto keeps = static_cast<key_t>(-static_cast<key_t>(kept[i]));
+    return static_cast<key_t>((key & keeps) | (dropped & ~keeps));
   }
 };
 
