@@ -37,6 +37,7 @@ class SelectionVariant:
         name: Which.
         seconds: Median.
         ratio: Median over that of the radix alone.
+        fastest_ratio: Least time over that of the radix alone.
         ratio_spread: Tenth and ninetieth percentile of the ratio inside one round.
         extra_bytes: Peak memory above what was there before, the masks made among it; None where
             unknown.
@@ -45,6 +46,7 @@ class SelectionVariant:
     name: str
     seconds: float
     ratio: float
+    fastest_ratio: float
     ratio_spread: tuple[float, float]
     extra_bytes: int | None
 
@@ -120,6 +122,7 @@ def bench_selection(
                 name,
                 statistics.median(own),
                 statistics.median(own) / statistics.median(measure),
+                min(own) / min(measure),
                 ratio_spread(own, measure),
                 extra[name],
             )

@@ -52,6 +52,7 @@ class VariantCost:
         seconds: Median of a step.
         spread: Tenth and ninetieth percentile of it.
         ratio: Median over that of torch fused.
+        fastest_ratio: Least time over that of torch fused: what a loaded machine hides least.
         ratio_spread: Tenth and ninetieth percentile of the ratio inside one round.
         extra_bytes: Peak memory of a step above what was there before; None where unknown.
     """
@@ -60,6 +61,7 @@ class VariantCost:
     seconds: float
     spread: tuple[float, float]
     ratio: float
+    fastest_ratio: float
     ratio_spread: tuple[float, float]
     extra_bytes: int | None
 
@@ -168,6 +170,7 @@ def _cost(name: str, times: dict[str, list[float]], extra_bytes: int | None) -> 
         seconds=statistics.median(own),
         spread=spread(own),
         ratio=statistics.median(own) / statistics.median(measure),
+        fastest_ratio=min(own) / min(measure),
         ratio_spread=ratio_spread(own, measure),
         extra_bytes=extra_bytes,
     )

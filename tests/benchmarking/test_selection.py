@@ -22,6 +22,7 @@ def test_every_part_has_a_finite_ratio(dtype, is_native, monkeypatch):
     assert [one.name for one in found.variants] == NAMES
     assert found.num_weights == found.mask_bytes == 330 * 170 + 108  # vectors are not pruned
     assert all(0 < one.ratio < math.inf for one in found.variants)
+    assert all(0 < one.fastest_ratio < math.inf for one in found.variants)
     assert found.variants[0].ratio == 1.0
     again = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert [one["name"] for one in again["variants"]] == NAMES

@@ -28,6 +28,7 @@ def test_every_form_that_runs_here_has_finite_ratios(base, dtype):
     assert sorted(names) == sorted(PLAIN + (NATIVE if fused.is_usable() else []))
     for one in found.variants:
         assert 0 < one.ratio < math.inf
+        assert 0 < one.fastest_ratio < math.inf
         assert 0 < one.ratio_spread[0] <= one.ratio_spread[1] < math.inf
         assert one.spread[0] <= one.seconds <= one.spread[1]
         assert one.extra_bytes is None or one.extra_bytes >= 0
