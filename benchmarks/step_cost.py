@@ -4,22 +4,23 @@
     python benchmarks/step_cost.py --models minilm --rounds 5 --threads 1
 
 One thread is timed by the process's own CPU time, more by the wall clock. Prints a table and
-writes benchmarks/results/DATE-step-cost.json.
+writes benchmarks/results/DATE-NAME.json.
 """
 
 import argparse
 import datetime
 import json
-import os
-import platform
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from hamcli.benchmarking.model import environment
+from hamcli.benchmarking.selection import SelectionCost, SelectionVariant, bench_selection
 from hamcli.benchmarking.step import StepCost, bench_step
+from hamcli.benchmarking.step import VariantCost as StepVariant
 
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = {
@@ -48,21 +49,30 @@ def training_pass(model: torch.nn.Module) -> Callable[[], None]:
     return train
 
 
-def show(title: str, cost: StepCost) -> None:
+def show_rows(head: str, variants: Sequence[StepVariant | SelectionVariant]) -> None:
     """One table."""
-    print(f"\n{title}: {cost.num_weights / 1e6:.1f} M {cost.dtype}, {cost.base}, "
-          f"{cost.threads} threads, {cost.clock} time, {cost.rounds} rounds")  # fmt: skip
-    print(
-        f"  {'variant':16s} {'ms':>8s} {'ratio':>6s}  {'tenth..ninetieth':>16s} {'extra MiB':>9s}"
-    )
-    for one in cost.variants:
+    columns = f"{'ms':>8s} {'ratio':>6s} {'fastest':>7s}  {'tenth..ninetieth':>16s}"
+    print(f"\n{head}\n  {'':18s} {columns} {'extra MiB':>9s}")
+    for one in variants:
         low, high = one.ratio_spread
         extra = "-" if one.extra_bytes is None else f"{one.extra_bytes / 2**20:.1f}"
-        print(f"  {one.name:16s} {one.seconds * 1e3:8.1f} {one.ratio:6.2f}  "
-              f"{low:7.2f}..{high:<7.2f} {extra:>9s}")  # fmt: skip
+        ratios = f"{one.ratio:6.2f} {one.fastest_ratio:7.2f}  {low:7.2f}..{high:<7.2f}"
+        print(f"  {one.name:18s} {one.seconds * 1e3:8.1f} {ratios} {extra:>9s}")
+
+
+def show(title: str, cost: StepCost) -> None:
+    """What a step costs."""
+    how = f"{cost.base}, {cost.threads} threads, {cost.clock} time, {cost.rounds} rounds"
+    show_rows(f"{title}: {cost.num_weights / 1e6:.1f} M {cost.dtype}, {how}", cost.variants)
     if cost.step_share is not None:
         print(f"  forward and backward {cost.training_seconds * 1e3:.0f} ms; "
               f"the step's share of training {cost.step_share:.1%}")  # fmt: skip
+
+
+def show_selection(title: str, cost: SelectionCost) -> None:
+    """What a selection costs."""
+    how = f"{cost.threads} threads, {cost.clock} time, masks {cost.mask_bytes / 2**20:.1f} MiB"
+    show_rows(f"{title}: 90 % of {cost.num_weights / 1e6:.1f} M {cost.dtype}, {how}", cost.variants)
 
 
 def commit() -> str:
@@ -72,14 +82,6 @@ def commit() -> str:
     return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
 
 
-def processor() -> str:
-    """What the CPU calls itself."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,6 +89,7 @@ def main() -> None:
     parser.add_argument("--threads", nargs="+", type=int, default=[2, 1])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--only", nargs="+", help="names of variants")
+    parser.add_argument("--name", default="step-cost", help="of the file, after the date")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args()
     records: list[dict[str, Any]] = []
@@ -105,21 +108,19 @@ def main() -> None:
             train = training_pass(model) if name == "minilm" else None
             measure(name, shapes, clock=clock, train=train)
             del model, train
+            chosen = bench_selection(shapes, rounds=options.rounds, clock=clock)
+            show_selection(name, chosen)
+            records.append({"title": f"{name}, selection", **chosen.as_json()})
             if name == "minilm":
                 measure(name, shapes, clock=clock, base="sgd")
                 measure(name, shapes, clock=clock, dtype=torch.bfloat16)
     result = {
-        "device": processor(),
-        "cores": os.cpu_count(),
-        "load": os.getloadavg(),
-        "capability": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+        **environment(),
         "commit": commit(),
         "records": records,
     }
     options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{datetime.date.today():%Y-%m-%d}-step-cost.json"
+    path = options.out / f"{datetime.date.today():%Y-%m-%d}-{options.name}.json"
     path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(f"\n{path}")
 

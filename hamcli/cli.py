@@ -6,7 +6,7 @@ import sys
 import traceback
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -31,6 +31,8 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Shipped recipes, validation and the JSON Schema.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
+bench = typer.Typer(help="What HAM costs on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
 
 ModelWord = Annotated[
     str | None,
@@ -472,6 +474,97 @@ def show_schema() -> None:
     from hamcli.recipe import json_schema
 
     sys.stdout.write(json.dumps(json_schema(), indent=1, sort_keys=True) + "\n")
+
+
+@bench.command("step")
+def bench_step(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Hub id (org/name[@revision]), folder, .safetensors or builtin:minilm.",
+        ),
+    ] = "builtin:minilm",
+    base: Annotated[
+        Literal["adamw", "adam", "sgd"], typer.Option("--base", help="Base optimizer.")
+    ] = "adamw",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"], typer.Option("--dtype", help="Of the weights.")
+    ] = "float32",
+    threads: Annotated[
+        int | None, typer.Option("--threads", min=1, max=1024, help="Default: torch's own.")
+    ] = None,
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=1000, help="How often each form is timed.")
+    ] = 15,
+    config: ConfigWord = None,
+    as_json: JsonWord = False,
+    quiet: QuietWord = False,
+) -> None:
+    """What an optimizer step with HAM and a choice of masks cost here, beside torch's own step."""
+    from hamcli.console import Screen
+
+    screen = Screen(quiet=quiet, as_json=as_json)
+    with screen.watcher("bench") as watcher:
+        watcher.stage("starting")
+        from hamcli.benchmarking.model import bench_model
+
+        found = bench_model(
+            model,
+            config=config,
+            base=base,
+            dtype=dtype,
+            threads=threads,
+            rounds=rounds,
+            progress=watcher,
+        )
+    _show_costs(screen, found)
+
+
+def _show_costs(screen: Any, found: Any) -> None:
+    from hamcli.console import table
+
+    step, chosen = found.step, found.selection
+    how = f"{step.threads} thread(s), {step.clock} time, {step.rounds} rounds"
+    columns = ["ms", "ratio", "fastest", "10 % .. 90 %", "extra MiB"]
+    screen.result(
+        found.as_json(),
+        f"one step: {step.base}, {step.num_weights:,} weights in {step.dtype}, {how}",
+        table("", ["form", *columns], map(_cost_row, step.variants)),
+        f"training: {_training_words(found)}",
+        f"exponents: {_exponent_words(step.exponents)}",
+        f"extension: {step.native}",
+        f"\nchoice of 90 % of {chosen.num_weights:,} weights, "
+        f"which leaves {chosen.mask_bytes / 2**20:.1f} MiB of masks",
+        table("", ["part", *columns], map(_cost_row, chosen.variants)),
+        f"\n{found.conclusion}",
+    )
+
+
+def _cost_row(one: Any) -> tuple[str, ...]:
+    low, high = one.ratio_spread
+    extra = "-" if one.extra_bytes is None else f"{one.extra_bytes / 2**20:.1f}"
+    ratios = f"{one.ratio:.2f}", f"{one.fastest_ratio:.2f}", f"{low:.2f} .. {high:.2f}"
+    return (one.name, f"{one.seconds * 1e3:.1f}", *ratios, extra)
+
+
+def _training_words(found: Any) -> str:
+    seconds = found.step.training_seconds
+    if seconds is None:
+        return str(found.training)
+    return (
+        f"forward and backward {seconds * 1e3:.0f} ms ({found.training}); "
+        f"the step is {found.step.step_share:.1%} of both"
+    )
+
+
+def _exponent_words(found: Any) -> str:
+    if found is None:
+        return "not measured"
+    return (
+        f"mean {found.mean:.2g}, greatest {found.max:.2g}, {found.moved_fraction:.1%} of the "
+        f"weights moved, {found.clamped_fraction:.1%} at the clamp"
+    )
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,21 +12,24 @@ them; what is compared is medians inside one run. The variants are
     published         torch fused, then the published wrapper's steps written out in Python
 """
 
-import ctypes
 import math
-import os
 import statistics
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from hamcli import native
+from hamcli.benchmarking.measuring import (
+    Clock,
+    extra_peak_bytes,
+    ratio_spread,
+    spread,
+    time_rounds,
+)
 from hamcli.optim import HAM, ExponentStatistics, cpu, fused
 
 LR = 2e-5  # of a fine-tune of a transformer
@@ -34,7 +37,10 @@ GRADIENT = 1e-4
 LARGE_LR, LARGE_GRADIENT = 0.1, 1e-2  # exponents of 0.2 on the mean at the published alpha
 ALPHA, BETA = 200.0, 1e-3  # arXiv 2506.02630
 
-Base = Literal["adamw", "sgd"]
+SMALL = 1 << 20  # weights of a tensor whose exponents are looked at
+FORMS = ("native", "blocks")  # what the optimizer itself would take, the first that is there
+
+Base = Literal["adamw", "adam", "sgd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +52,7 @@ class VariantCost:
         seconds: Median of a step.
         spread: Tenth and ninetieth percentile of it.
         ratio: Median over that of torch fused.
+        fastest_ratio: Least time over that of torch fused: what a loaded machine hides least.
         ratio_spread: Tenth and ninetieth percentile of the ratio inside one round.
         extra_bytes: Peak memory of a step above what was there before; None where unknown.
     """
@@ -54,6 +61,7 @@ class VariantCost:
     seconds: float
     spread: tuple[float, float]
     ratio: float
+    fastest_ratio: float
     ratio_spread: tuple[float, float]
     extra_bytes: int | None
 
@@ -67,12 +75,12 @@ class StepCost:
         num_weights: Number of weights of the model.
         dtype: Their dtype; low-precision ones have fp32 masters and moments.
         threads: Threads of torch.
-        clock: wall, or cpu: the process's own time, which other processes disturb less.
+        clock: wall, or cpu: the process's own time.
         rounds: Measured rounds.
         native: Whether the C++ extension is in use, and why not.
         variants: One for each variant that can run here.
         training_seconds: Median of forward and backward of one step; None if there was no model.
-        step_share: The HAM step's share of a whole training step, the fastest form.
+        step_share: The HAM step's share of a whole training step, in the form that is used here.
         exponents: Of one measured step of calibrated HAM on these weights.
     """
 
@@ -88,9 +96,20 @@ class StepCost:
     step_share: float | None
     exponents: ExponentStatistics | None
 
+    def variant(self, name: str) -> VariantCost | None:
+        """The variant of that name, if it ran."""
+        return next((variant for variant in self.variants if variant.name == name), None)
+
+    @property
+    def ours(self) -> VariantCost | None:
+        """The form that the optimizer takes here."""
+        return next((found for name in FORMS if (found := self.variant(name)) is not None), None)
+
     def ratio(self, name: str) -> float:
         """A variant's median over that of torch fused."""
-        return next(variant.ratio for variant in self.variants if variant.name == name)
+        found = self.variant(name)
+        assert found is not None, name
+        return found.ratio
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -103,7 +122,7 @@ def bench_step(
     base: Base = "adamw",
     dtype: torch.dtype = torch.float32,
     rounds: int = 15,
-    clock: Literal["wall", "cpu"] = "wall",
+    clock: Clock = "wall",
     train: Callable[[], None] | None = None,
     only: Sequence[str] | None = None,
 ) -> StepCost:
@@ -118,23 +137,17 @@ def bench_step(
         train: Forward and backward of a model with these shapes, timed with the steps.
         only: Names of the variants; all if not given. Torch fused is always there.
     """
-    now = time.perf_counter if clock == "wall" else time.process_time
     steps = _variants(shapes, base, dtype)
     if only is not None:
         steps = {name: step for name, step in steps.items() if name in ("torch fused", *only)}
-    extra = {name: _extra_peak_bytes(step) for name, step in steps.items()}
+    extra = {name: extra_peak_bytes(step) for name, step in steps.items()}
     if train is not None:
         steps["training"] = train
         train()
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(rounds):
-        for name, step in steps.items():
-            began = now()
-            step()
-            times[name].append(now() - began)
+    times = time_rounds(steps, rounds=rounds, clock=clock)
     training = statistics.median(times.pop("training")) if train is not None else None
     costs = tuple(_cost(name, times, extra[name]) for name in times)
-    best = min((c.seconds for c in costs if c.name in ("native", "blocks")), default=math.nan)
+    best = next((cost.seconds for name in FORMS for cost in costs if cost.name == name), None)
     return StepCost(
         base=base,
         num_weights=sum(math.prod(shape) for shape in shapes),
@@ -145,29 +158,22 @@ def bench_step(
         native=native.status().reason,
         variants=costs,
         training_seconds=training,
-        step_share=None if training is None else best / (best + training),
+        step_share=None if training is None or best is None else best / (best + training),
         exponents=_exponents(shapes, dtype),
     )
 
 
 def _cost(name: str, times: dict[str, list[float]], extra_bytes: int | None) -> VariantCost:
     own, measure = times[name], times["torch fused"]
-    inside = [one / other for one, other in zip(own, measure, strict=True)]
     return VariantCost(
         name=name,
         seconds=statistics.median(own),
-        spread=_spread(own),
+        spread=spread(own),
         ratio=statistics.median(own) / statistics.median(measure),
-        ratio_spread=_spread(inside),
+        fastest_ratio=min(own) / min(measure),
+        ratio_spread=ratio_spread(own, measure),
         extra_bytes=extra_bytes,
     )
-
-
-def _spread(values: Sequence[float]) -> tuple[float, float]:
-    if len(values) < 2:
-        return values[0], values[0]
-    tenths = statistics.quantiles(values, n=10, method="inclusive")
-    return tenths[0], tenths[-1]
 
 
 class _Weights:
@@ -184,7 +190,7 @@ class _Weights:
         # torch's fused form takes weights and gradients of one dtype
         self.wide_g = [g.float() for g in self.g]
         self.m = [torch.zeros_like(w) for w in self.w]
-        self.v = [torch.zeros_like(w) for w in self.w] if base == "adamw" else []
+        self.v = [torch.zeros_like(w) for w in self.w] if base != "sgd" else []
         self.steps = [torch.ones(()) for _ in self.w]
         self.mirrored = [len(shape) >= 2 for shape in shapes]
         self.masks = [
@@ -208,7 +214,8 @@ class _Weights:
                 is_first_step=False,
             )
             return
-        torch._fused_adamw_(
+        step = torch._fused_adamw_ if self.base == "adamw" else torch._fused_adam_
+        step(
             self.w,
             self.wide_g,
             self.m,
@@ -258,7 +265,7 @@ class _Weights:
             beta2=0.999,
             eps=1e-8,
             weight_decay=0.01,
-            decoupled=True,
+            decoupled=self.base == "adamw",
             **common,
         )
 
@@ -323,7 +330,10 @@ def _variants(
 
 def _exponents(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> ExponentStatistics | None:
     """Of a step of HAM as it comes, on the smaller tensors of the model."""
-    small = [shape for shape in shapes if math.prod(shape) <= 1 << 20] or list(shapes)[:1]
+    mirrored = sorted((shape for shape in shapes if len(shape) >= 2), key=math.prod)
+    if not mirrored:
+        return None
+    small = [shape for shape in mirrored if math.prod(shape) <= SMALL] or mirrored[:1]
     params = [nn.Parameter(torch.randn(shape).mul_(0.05).to(dtype)) for shape in small]
     optimizer = HAM(params, lr=LR)
     optimizer.measure_next_step()
@@ -331,23 +341,3 @@ def _exponents(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype) -> Exponen
         param.grad = torch.randn(param.shape).mul_(GRADIENT).to(dtype)
     optimizer.step()
     return optimizer.exponent_statistics()
-
-
-def _extra_peak_bytes(step: Callable[[], None]) -> int | None:
-    """How far the process's memory rises above where it stood while `step` runs, on Linux."""
-    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
-    if not os.access(reset, os.W_OK):
-        step()
-        return None
-    step()  # libraries, threads and what is made once
-    # memory that was freed but kept would hide what is taken
-    ctypes.CDLL(None).malloc_trim(0)
-    reset.write_text("5")
-    before = _kilobytes(status, "VmRSS")
-    step()
-    return max(0, _kilobytes(status, "VmHWM") - before) * 1024
-
-
-def _kilobytes(status: Path, name: str) -> int:
-    line = next(line for line in status.read_text().splitlines() if line.startswith(f"{name}:"))
-    return int(line.split()[1])

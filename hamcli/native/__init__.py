@@ -1,8 +1,9 @@
 """The C++ extension: the fused step on a CPU, and the counts of exact selection.
 
 `operators` is the way in. It builds the extension on first use and gives None where that is not
-possible, for whatever reason; the callers have slower forms of everything. `HAM_NATIVE=0` in the
-environment turns it off. Imports nothing else of ours.
+possible, for whatever reason; the callers have slower forms of everything. `operators_if_built` is
+for those to whom it is not worth a minute of building. `HAM_NATIVE=0` in the environment turns both
+off. Imports nothing else of ours.
 """
 
 import functools
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamcli.native.building import CannotBuild, build
+from hamcli.native.building import CannotBuild, build, find_built
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +34,16 @@ class Status:
 def operators() -> Any | None:
     """The extension's operators, `torch.ops.ham_native`; None where they cannot be had."""
     return torch.ops.ham_native if prepare().is_available else None
+
+
+def operators_if_built() -> Any | None:
+    """The same, if this process or an earlier one has built them."""
+    return operators() if _settled is not None or _is_built() else None
+
+
+@functools.cache
+def _is_built() -> bool:
+    return os.environ.get("HAM_NATIVE", "1") != "0" and find_built() is not None
 
 
 def status() -> Status:

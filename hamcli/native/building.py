@@ -37,6 +37,15 @@ class CannotBuild(Exception):
     """The extension cannot be had here; the text says why, in one line."""
 
 
+def find_built() -> Path | None:
+    """The path of the library if it is there already; nothing is built."""
+    try:
+        library = cache_folder() / _key(find_compiler(), compile_flags()) / LIBRARY
+    except CannotBuild:
+        return None
+    return library if library.exists() else None
+
+
 def build(note: Callable[[str], None] | None = None) -> Path:
     """The path of the library, built if it is not there yet.
 

@@ -1,10 +1,12 @@
-// Counts for exact selection: how often each 16-bit digit of the scores' keys occurs.
+// Exact selection: how often each 16-bit digit of the scores' keys occurs, and the masks of a cut.
 //
 // The key of a score is an integer whose order is the order of the scores: its bits, with those
-// below the sign turned over for negative ones. Keys are never stored: each pass streams over the
-// scores once. Counts are 64-bit sums, and so add up over tensors, shards and processes.
+// below the sign turned over for negative ones. Where a mask drops the score, its key is one that
+// the caller gives. Keys are never stored: each pass streams over the scores once. Counts are 64-bit
+// sums, and so add up over tensors, shards and processes.
 
 #include <ATen/Parallel.h>
+#include <ATen/core/List.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
@@ -20,11 +22,14 @@
 namespace {
 
 using at::Tensor;
+using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 constexpr int DIGIT_BITS = 16;
 constexpr int64_t DIGITS = int64_t{1} << DIGIT_BITS;
 constexpr int64_t GROUP = 32;  // scores that are looked at together; most groups hold no match
 constexpr int64_t PART = 1 << 18;  // scores of one tensor that one thread takes at a time
+constexpr int64_t TABLES = 4;  // of counts, in turn: equal neighbours would wait for each other
+constexpr int64_t MOST_THREADS = 16;  // each has tables of 2 MiB
 
 template <typename key_t, bool magnitude>
 inline key_t key_of(key_t bits) {
@@ -42,142 +47,281 @@ struct Part {
   int64_t tensor;
   int64_t begin;
   int64_t end;
+
+  int64_t numel() const {
+    return end - begin;
+  }
 };
 
-std::vector<Part> cut(at::TensorList scores) {
+// What comes from Python: the caller has seen to shapes, to dtypes and to flat memory.
+struct Scores {
+  at::TensorList values;
+  const OptionalTensors& masks;  // bool, True where kept; all or none are there
+  int64_t dropped;  // key where a mask drops
+
+  bool is_masked() const {
+    return values.size() != 0 && masks.get(0).has_value();
+  }
+};
+
+std::vector<Part> cut(const Scores& scores) {
   std::vector<Part> parts;
-  for (size_t i = 0; i < scores.size(); ++i) {
-    TORCH_CHECK(scores[i].is_contiguous() && scores[i].scalar_type() == scores[0].scalar_type(),
+  for (size_t i = 0; i < scores.values.size(); ++i) {
+    const Tensor& values = scores.values[i];
+    TORCH_CHECK(values.is_contiguous() && values.scalar_type() == scores.values[0].scalar_type(),
                 "scores are not flat in memory, or of several dtypes");
-    for (int64_t begin = 0; begin < scores[i].numel(); begin += PART) {
-      parts.push_back({static_cast<int64_t>(i), begin, std::min(begin + PART, scores[i].numel())});
+    const std::optional<Tensor> mask = scores.masks.get(i);
+    TORCH_CHECK(mask.has_value() == scores.is_masked(), "some scores have masks, others have none");
+    TORCH_CHECK(!mask || (mask->is_contiguous() && mask->scalar_type() == at::kBool &&
+                          mask->numel() == values.numel()),
+                "a mask is not flat in memory, not bool, or of another size");
+    for (int64_t begin = 0; begin < values.numel(); begin += PART) {
+      parts.push_back({static_cast<int64_t>(i), begin, std::min(begin + PART, values.numel())});
     }
   }
   return parts;
 }
 
-template <typename key_t>
-const key_t* bits_of(const Tensor& scores) {
-  return static_cast<const key_t*>(scores.const_data_ptr());
-}
+// The keys of a part, made when asked for.
+template <typename key_t, bool magnitude, bool masked>
+struct Keys {
+  const key_t* bits;
+  const bool* kept;
+  key_t dropped;
 
-template <typename key_t, bool magnitude>
-void count_first(const key_t* bits, int64_t numel, int shift, int64_t* found) {
+  Keys(const Scores& scores, const Part& part)
+      : bits(static_cast<const key_t*>(scores.values[part.tensor].const_data_ptr()) + part.begin),
+        kept(nullptr),
+        dropped(static_cast<key_t>(scores.dropped)) {
+    if (masked) {
+      kept = scores.masks.get(part.tensor)->template const_data_ptr<bool>() + part.begin;
+    }
+  }
+
+  C10_ALWAYS_INLINE key_t operator[](int64_t i) const {
+    const key_t key = key_of<key_t, magnitude>(bits[i]);
+    if (!masked) {
+      return key;
+    }
+    // all bits or none: a choice would be a branch, taken at random
+    const auto keeps = static_cast<key_t>(-static_cast<key_t>(kept[i]));
+    return static_cast<key_t>((key & keeps) | (dropped & ~keeps));
+  }
+};
+
+template <typename key_t, bool magnitude, bool masked>
+void count_first(
+    const Keys<key_t, magnitude, masked>& keys, int64_t numel, int shift, int64_t* found) {
   for (int64_t i = 0; i < numel; ++i) {
-    ++found[(key_of<key_t, magnitude>(bits[i]) >> shift) + DIGITS / 2];
+    ++found[(i % TABLES) * DIGITS + (keys[i] >> shift) + DIGITS / 2];
   }
 }
 
-template <typename key_t, bool magnitude>
-void count_inside(const key_t* bits, int64_t numel, int shift, key_t prefix, int64_t* found) {
+template <typename key_t, bool magnitude, bool masked>
+void count_inside(
+    const Keys<key_t, magnitude, masked>& keys,
+    int64_t numel,
+    int shift,
+    key_t prefix,
+    int64_t* found) {
   const int prefix_shift = shift + DIGIT_BITS;
   for (int64_t i = 0; i < numel; i += GROUP) {
     const int64_t size = std::min(GROUP, numel - i);
     int matches = size < GROUP;
     if (size == GROUP) {
       for (int64_t j = 0; j < GROUP; ++j) {
-        matches |= (key_of<key_t, magnitude>(bits[i + j]) >> prefix_shift) == prefix;
+        matches |= (keys[i + j] >> prefix_shift) == prefix;
       }
     }
     for (int64_t j = 0; matches && j < size; ++j) {
-      const key_t key = key_of<key_t, magnitude>(bits[i + j]);
+      const key_t key = keys[i + j];
       if ((key >> prefix_shift) == prefix) {
-        ++found[(key >> shift) & (DIGITS - 1)];
+        ++found[(j % TABLES) * DIGITS + ((key >> shift) & (DIGITS - 1))];
       }
     }
   }
 }
 
-template <typename key_t, bool magnitude>
-void count_into(at::TensorList scores, int shift, std::optional<int64_t> begins, int64_t* counts) {
+template <typename key_t, bool magnitude, bool masked>
+void count_into(
+    const Scores& scores, int shift, std::optional<int64_t> begins, int64_t* counts) {
   const auto parts = cut(scores);
+  const auto num_parts = static_cast<int64_t>(parts.size());
   std::mutex adding;
-  at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
-    std::vector<int64_t> found(DIGITS);
+  const int64_t grain = at::divup(num_parts, MOST_THREADS);
+  at::parallel_for(0, num_parts, grain, [&](int64_t first, int64_t last) {
+    std::vector<int64_t> found(TABLES * DIGITS);
     for (int64_t at = first; at < last; ++at) {
-      const Part& part = parts[at];
-      const key_t* bits = bits_of<key_t>(scores[part.tensor]) + part.begin;
-      const int64_t numel = part.end - part.begin;
+      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
       if (begins) {
-        const auto prefix = static_cast<key_t>(*begins);
-        count_inside<key_t, magnitude>(bits, numel, shift, prefix, found.data());
+        count_inside(keys, parts[at].numel(), shift, static_cast<key_t>(*begins), found.data());
       } else {
-        count_first<key_t, magnitude>(bits, numel, shift, found.data());
+        count_first(keys, parts[at].numel(), shift, found.data());
       }
     }
     const std::lock_guard<std::mutex> guard(adding);
-    for (int64_t digit = 0; digit < DIGITS; ++digit) {
-      counts[digit] += found[digit];
+    for (int64_t at = 0; at < TABLES * DIGITS; ++at) {
+      counts[at % DIGITS] += found[at];
     }
   });
 }
 
-template <typename key_t, bool magnitude>
-void count_against(at::TensorList scores, key_t limit, int64_t* counts) {
+template <typename key_t, bool magnitude, bool masked>
+void count_against(const Scores& scores, key_t limit, int64_t* counts) {
   const auto parts = cut(scores);
   std::mutex adding;
   at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const Part& part = parts[at];
-      const key_t* bits = bits_of<key_t>(scores[part.tensor]);
+      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
       int32_t below = 0, equal = 0;  // of at most PART scores
-      for (int64_t i = part.begin; i < part.end; ++i) {
-        const key_t key = key_of<key_t, magnitude>(bits[i]);
+      for (int64_t i = 0; i < parts[at].numel(); ++i) {
+        const key_t key = keys[i];
         below += key < limit;
         equal += key == limit;
       }
       const std::lock_guard<std::mutex> guard(adding);
-      counts[2 * part.tensor] += below;
-      counts[2 * part.tensor + 1] += equal;
+      counts[2 * parts[at].tensor] += below;
+      counts[2 * parts[at].tensor + 1] += equal;
     }
   });
 }
 
-// Calls f(an integer of the scores' size, std::bool_constant<magnitude>).
+// Keeps what is above the limit, and of what is at it all but the first `ties`; gives the ties
+// that are left over.
+template <typename key_t, bool magnitude, bool masked>
+int64_t write_masks(const Scores& scores, key_t limit, int64_t ties, at::TensorList made) {
+  const auto parts = cut(scores);
+  const auto num_parts = static_cast<int64_t>(parts.size());
+  std::vector<int64_t> equals(num_parts);
+  const auto out = [&](const Part& part) {
+    return made[part.tensor].mutable_data_ptr<bool>() + part.begin;
+  };
+  at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) {
+      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
+      bool* mask = out(parts[at]);
+      int32_t equal = 0;
+      for (int64_t i = 0; i < parts[at].numel(); ++i) {
+        const key_t key = keys[i];
+        mask[i] = key >= limit;
+        equal += key == limit;
+      }
+      equals[at] = equal;
+    }
+  });
+  std::vector<int64_t> drops(num_parts);  // of the ties of each part
+  for (int64_t at = 0; at < num_parts; ++at) {
+    drops[at] = std::min(ties, equals[at]);
+    ties -= drops[at];
+  }
+  at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at) {
+      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
+      bool* mask = out(parts[at]);
+      int64_t left = drops[at];
+      for (int64_t i = 0; left > 0; ++i) {
+        if (keys[i] == limit) {
+          mask[i] = false;
+          --left;
+        }
+      }
+    }
+  });
+  return ties;
+}
+
+// Calls f(an integer of the scores' size, std::bool_constant<magnitude>, the same <masked>).
 template <typename function_t>
-void as_integers(at::TensorList scores, bool magnitude, const function_t& f) {
-  if (scores.empty()) {
+void as_integers(const Scores& scores, bool magnitude, const function_t& f) {
+  if (scores.values.empty()) {
     return;
   }
-  const auto dtype = scores[0].scalar_type();
+  const auto dtype = scores.values[0].scalar_type();
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
               "scores are fp32, bf16 or fp16");
+  const auto with_masks = [&](auto key, auto is_magnitude) {
+    scores.is_masked() ? f(key, is_magnitude, std::true_type{})
+                       : f(key, is_magnitude, std::false_type{});
+  };
   if (dtype == at::kFloat) {
-    magnitude ? f(int32_t{}, std::true_type{}) : f(int32_t{}, std::false_type{});
+    magnitude ? with_masks(int32_t{}, std::true_type{}) : with_masks(int32_t{}, std::false_type{});
   } else {
-    magnitude ? f(int16_t{}, std::true_type{}) : f(int16_t{}, std::false_type{});
+    magnitude ? with_masks(int16_t{}, std::true_type{}) : with_masks(int16_t{}, std::false_type{});
   }
 }
 
-Tensor count_digits(at::TensorList scores, int64_t shift, std::optional<int64_t> begins,
-                    bool magnitude) {
+Tensor count_digits(
+    at::TensorList values,
+    const OptionalTensors& masks,
+    int64_t dropped,
+    int64_t shift,
+    std::optional<int64_t> begins,
+    bool magnitude) {
+  const Scores scores{values, masks, dropped};
   Tensor counts = at::zeros({DIGITS}, at::kLong);
   int64_t* out = counts.mutable_data_ptr<int64_t>();
-  as_integers(scores, magnitude, [&](auto key, auto is_magnitude) {
-    count_into<decltype(key), decltype(is_magnitude)::value>(
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto is_masked) {
+    count_into<decltype(key), decltype(is_magnitude)::value, decltype(is_masked)::value>(
         scores, static_cast<int>(shift), begins, out);
   });
   return counts;
 }
 
-Tensor count_scores(at::TensorList scores, int64_t limit, bool magnitude) {
-  Tensor counts = at::zeros({static_cast<int64_t>(scores.size()), 2}, at::kLong);
+Tensor count_scores(
+    at::TensorList values,
+    const OptionalTensors& masks,
+    int64_t dropped,
+    int64_t limit,
+    bool magnitude) {
+  const Scores scores{values, masks, dropped};
+  Tensor counts = at::zeros({static_cast<int64_t>(values.size()), 2}, at::kLong);
   int64_t* out = counts.mutable_data_ptr<int64_t>();
-  as_integers(scores, magnitude, [&](auto key, auto is_magnitude) {
-    count_against<decltype(key), decltype(is_magnitude)::value>(
-        scores, static_cast<decltype(key)>(limit), out);
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto is_masked) {
+    using key_t = decltype(key);
+    count_against<key_t, decltype(is_magnitude)::value, decltype(is_masked)::value>(
+        scores, static_cast<key_t>(limit), out);
   });
   return counts;
+}
+
+int64_t keep_masks(
+    at::TensorList values,
+    const OptionalTensors& masks,
+    int64_t dropped,
+    int64_t limit,
+    int64_t ties,
+    bool magnitude,
+    at::TensorList made) {
+  const Scores scores{values, masks, dropped};
+  for (size_t i = 0; i < values.size(); ++i) {
+    TORCH_CHECK(made[i].is_contiguous() && made[i].scalar_type() == at::kBool &&
+                    made[i].numel() == values[i].numel(),
+                "a mask to be made is not flat in memory, not bool, or of another size");
+  }
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto is_masked) {
+    using key_t = decltype(key);
+    ties = write_masks<key_t, decltype(is_magnitude)::value, decltype(is_masked)::value>(
+        scores, static_cast<key_t>(limit), ties, made);
+  });
+  return ties;
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(ham_native, library) {
-  library.def("count_digits(Tensor[] scores, int shift, int? begins, bool magnitude) -> Tensor");
-  library.def("count_scores(Tensor[] scores, int limit, bool magnitude) -> Tensor");
+  library.def(
+      "count_digits(Tensor[] scores, Tensor?[] masks, int dropped, int shift, int? begins, "
+      "bool magnitude) -> Tensor");
+  library.def(
+      "count_scores(Tensor[] scores, Tensor?[] masks, int dropped, int limit, bool magnitude) "
+      "-> Tensor");
+  library.def(
+      "keep_masks(Tensor[] scores, Tensor?[] masks, int dropped, int limit, int ties, "
+      "bool magnitude, Tensor(a!)[] made) -> int");
 }
 
 TORCH_LIBRARY_IMPL(ham_native, CPU, library) {
   library.impl("count_digits", count_digits);
   library.impl("count_scores", count_scores);
+  library.impl("keep_masks", keep_masks);
 }

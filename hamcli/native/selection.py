@@ -1,4 +1,4 @@
-"""Counting the bits of scores, natively or in numpy: what exact selection is made of.
+"""Counting the bits of scores and cutting by them, natively or in numpy: exact selection's core.
 
 A selection is a radix search: the digit that holds the k-th smallest score is found from the counts
 of the first 16 bits of all keys, the rest from a second pass over those that begin with it. 16-bit
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from hamcli.native import operators
+from hamcli.native import operators_if_built
 
 DIGIT_BITS = 16
 DIGITS = 1 << DIGIT_BITS
@@ -41,16 +41,27 @@ class Cut:
     ties: int
 
 
-def takes(scores: Sequence[Tensor]) -> bool:
-    """Whether the functions here can count these scores: on a CPU, of one dtype with keys."""
+def takes(scores: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> bool:
+    """Whether the functions here take these: on a CPU, flat in memory, of one dtype with keys."""
     return all(
-        one.device.type == "cpu" and one.dtype == scores[0].dtype and one.dtype in KEYS
+        one.device.type == "cpu"
+        and one.dtype == scores[0].dtype
+        and one.dtype in KEYS
+        and one.is_contiguous()
         for one in scores
+    ) and all(
+        one.device.type == "cpu" and one.dtype == torch.bool and one.is_contiguous()
+        for one in masks or ()
     )
 
 
 def count_digits(
-    scores: Sequence[Tensor], shift: int, begins: int | None = None, *, magnitude: bool = False
+    scores: Sequence[Tensor],
+    shift: int,
+    begins: int | None = None,
+    *,
+    magnitude: bool = False,
+    masks: Sequence[Tensor] | None = None,
 ) -> Counts:
     """How often each value of a 16-bit digit occurs among the keys of all scores.
 
@@ -60,13 +71,16 @@ def count_digits(
         begins: None for the first digit, which is signed: entry 32768 counts its zeros. Else what
             a key must begin with, `key >> (shift + 16)`, to be counted by its digit at `shift`.
         magnitude: Whether |score| is meant.
+        masks: Bool, of the same shapes; where one is False the score is -1.
     """
-    extension = operators()
+    extension = operators_if_built()
     if extension is not None and scores:
-        found: Counts = extension.count_digits(_flat(scores), shift, begins, magnitude).numpy()
+        found: Counts = extension.count_digits(
+            *_lists(scores, masks), shift, begins, magnitude
+        ).numpy()
         return found
     counts: Counts = np.zeros(DIGITS, dtype=np.int64)
-    for keys in (keys for one in scores for keys in _keys(one, magnitude)):
+    for keys in (keys for of_one in _all_keys(scores, magnitude, masks) for keys in of_one):
         if begins is None:
             digits = (keys >> shift).astype(np.int32) + DIGITS // 2
         else:
@@ -76,21 +90,63 @@ def count_digits(
 
 
 def count_scores(
-    scores: Sequence[Tensor], key: int, *, magnitude: bool = False
+    scores: Sequence[Tensor],
+    key: int,
+    *,
+    magnitude: bool = False,
+    masks: Sequence[Tensor] | None = None,
 ) -> list[tuple[int, int]]:
     """For each tensor: how many of its scores have a smaller key, and how many have this one."""
-    extension = operators()
+    extension = operators_if_built()
     if extension is not None and scores:
-        counts = extension.count_scores(_flat(scores), key, magnitude).tolist()
+        counts = extension.count_scores(*_lists(scores, masks), key, magnitude).tolist()
         return [(below, equal) for below, equal in counts]
     found = []
-    for one in scores:
+    for of_one in _all_keys(scores, magnitude, masks):
         below = equal = 0
-        for keys in _keys(one, magnitude):
+        for keys in of_one:
             below += int(np.count_nonzero(keys < key))
             equal += int(np.count_nonzero(keys == key))
         found.append((below, equal))
     return found
+
+
+def keep_masks(
+    scores: Sequence[Tensor],
+    key: int,
+    ties: int,
+    *,
+    magnitude: bool = False,
+    masks: Sequence[Tensor] | None = None,
+) -> tuple[list[Tensor], int]:
+    """Masks, True where kept, that drop what is below a key and the first ones that are at it.
+
+    Args:
+        scores: As for `count_digits`.
+        key: Key of the cut.
+        ties: How many of the scores at it are dropped: the first ones, by position.
+        magnitude: As for `count_digits`.
+        masks: As for `count_digits`.
+
+    Returns:
+        A bool tensor for each, and how many ties are still to be dropped.
+    """
+    made = [torch.empty(one.shape, dtype=torch.bool, device="cpu") for one in scores]
+    extension = operators_if_built()
+    if extension is not None and scores:
+        lists = _lists(scores, masks)
+        return made, int(extension.keep_masks(*lists, key, ties, magnitude, made))
+    for mask, of_one in zip(made, _all_keys(scores, magnitude, masks), strict=True):
+        start, flat = 0, mask.view(-1).numpy()
+        for keys in of_one:
+            part = flat[start : start + len(keys)]
+            np.greater_equal(keys, key, out=part)
+            if ties:
+                tied = np.flatnonzero(keys == key)[:ties]
+                part[tied] = False
+                ties -= len(tied)
+            start += len(keys)
+    return made, ties
 
 
 def kth_magnitude(tensors: Sequence[Tensor], k: int) -> Cut:
@@ -109,8 +165,20 @@ def kth_magnitude(tensors: Sequence[Tensor], k: int) -> Cut:
     return Cut(key, k - left, left)
 
 
-def _flat(scores: Sequence[Tensor]) -> list[Tensor]:
-    return [one.detach().contiguous() for one in scores]
+def _lists(
+    scores: Sequence[Tensor], masks: Sequence[Tensor] | None
+) -> tuple[list[Tensor], list[Tensor | None], int]:
+    """The scores and masks flat in memory, and the key of a dropped score."""
+    flat = [one.detach().contiguous() for one in scores]
+    kept: list[Tensor | None] = [None] * len(flat)
+    if masks is not None:
+        kept = [one.contiguous() for one in masks]
+    return flat, kept, _dropped_key(scores[0].dtype)
+
+
+def _dropped_key(dtype: torch.dtype) -> int:
+    """Key of -1, which is below all magnitudes."""
+    return -int(torch.ones((), dtype=dtype, device="cpu").view(KEYS[dtype])) - 1
 
 
 def _find(counts: Counts, rank: int) -> tuple[int, int]:
@@ -121,15 +189,28 @@ def _find(counts: Counts, rank: int) -> tuple[int, int]:
     return digit, rank - (int(reached[digit - 1]) if digit else 0)
 
 
-def _keys(scores: Tensor, magnitude: bool) -> Iterator[npt.NDArray[Any]]:
+def _all_keys(
+    scores: Sequence[Tensor], magnitude: bool, masks: Sequence[Tensor] | None
+) -> Iterator[Iterator[npt.NDArray[Any]]]:
+    kept = [None] * len(scores) if masks is None else masks
+    for one, mask in zip(scores, kept, strict=True):
+        yield _keys(one, magnitude, mask)
+
+
+def _keys(scores: Tensor, magnitude: bool, mask: Tensor | None) -> Iterator[npt.NDArray[Any]]:
     """Signed integers in the order of the scores, a chunk at a time."""
     key_dtype = KEYS[scores.dtype]
     most = torch.iinfo(key_dtype).max
     flat = scores.detach().contiguous().view(-1)
+    kept = None if mask is None else mask.contiguous().view(-1).numpy()
     for start in range(0, flat.numel(), CHUNK):
         bits = flat[start : start + CHUNK].view(key_dtype).numpy()
         if magnitude:
-            yield bits & most
+            keys = bits & most
         else:
             # -0.0 is the smallest integer, and equals 0.0
-            yield np.where(bits == -most - 1, 0, bits ^ ((bits >> most.bit_length()) & most))
+            keys = np.where(bits == -most - 1, 0, bits ^ ((bits >> most.bit_length()) & most))
+        if kept is not None:
+            dropped = np.asarray(_dropped_key(scores.dtype), dtype=keys.dtype)
+            keys = np.where(kept[start : start + CHUNK], keys, dropped)
+        yield keys

@@ -165,6 +165,8 @@ C10_ALWAYS_INLINE Vec mirrored(Vec w, Vec g, Vec kept, const Mirror& by, Sums& s
 template <bool decoupled>
 struct Adam {
   float lerp;  // 1 - beta1
+  float lerp_weight;  // of g - m, from the nearer end: m, or g
+  int32_t from_m;  // all bits if that is m, else none
   float beta2;
   float one_minus_beta2;
   float weight_decay;  // coupled: of the weight; decoupled: what is left of the weight
@@ -181,10 +183,9 @@ struct Adam {
       g = at::vec::fmadd(w, Vec(weight_decay), g);
     }
     const Vec m = moment[0];
-    // from the nearer end; a blend, since a choice made here costs a branch for each vector
-    const bool is_near = std::abs(lerp) < 0.5f;
-    const Vec from_m = at::vec::cast<float, int32_t>(Bits(is_near ? -1 : 0));
-    moment[0] = at::vec::fmadd(g - m, Vec(is_near ? lerp : lerp - 1), Vec::blendv(g, m, from_m));
+    // a blend, since a choice made here costs a branch for each vector
+    const Vec nearer = Vec::blendv(g, m, at::vec::cast<float, int32_t>(Bits(from_m)));
+    moment[0] = at::vec::fmadd(g - m, Vec(lerp_weight), nearer);
     moment[1] = at::vec::fmadd(g, g * Vec(one_minus_beta2), moment[1] * Vec(beta2));
     const Vec root = moment[1].sqrt() / Vec(root_correction) + Vec(eps);
     return w + Vec(-step_size) * moment[0] / root;
@@ -530,6 +531,9 @@ void adam_ham_(
     // in double: 1 - beta2 formed in fp32 is off by 1e-5 of itself
     const auto step = static_cast<double>(*steps[i].const_data_ptr<float>());
     item.base.lerp = static_cast<float>(1 - beta1);
+    const bool is_near = std::abs(item.base.lerp) < 0.5f;
+    item.base.lerp_weight = is_near ? item.base.lerp : item.base.lerp - 1;
+    item.base.from_m = is_near ? -1 : 0;
     item.base.beta2 = static_cast<float>(beta2);
     item.base.one_minus_beta2 = static_cast<float>(1 - beta2);
     item.base.weight_decay = static_cast<float>(decoupled ? 1 - lr * weight_decay : weight_decay);

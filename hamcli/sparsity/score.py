@@ -1,6 +1,6 @@
 """How important: weights → scores, the larger is kept. Which of them go is for `select`."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
@@ -52,15 +52,27 @@ class Scores(Sequence[Tensor]):
     @torch.no_grad()
     def _at(self, index: int) -> Tensor:
         score = self.score(self.params[index])
-        greatest = torch.finfo(score.dtype).max
-        # limits made by arithmetic, since torch.where costs four times as much
-        if self.candidates is not None:
-            floor = self.candidates[index].to(score.dtype).mul_(greatest)
-            score = torch.maximum(score, floor, out=floor)
-        if self.masks is not None:
-            ceiling = self.masks[index].to(score.dtype).mul_(greatest).add_(BELOW_ALL)
-            score = torch.minimum(score, ceiling, out=ceiling)
-        return score
+        limits = (self.candidates, self.masks)
+        spared, kept = (None if each is None else each[index] for each in limits)
+        return _limited(score, spared, kept)
+
+    @torch.no_grad()
+    def chunks(self, index: int, size: int) -> Iterator[Tensor]:
+        """One tensor's scores as flat parts of `size`, row-major.
+
+        Of magnitudes there is never more than a part in memory; another score may depend on the
+        whole tensor, and is made of it.
+        """
+        is_magnitude = self.score is magnitude
+        param = self.params[index]
+        whole = _flat(param if is_magnitude else self.score(param))
+        limits = [
+            None if each is None else _flat(each[index]) for each in (self.candidates, self.masks)
+        ]
+        for start in range(0, whole.numel(), size):
+            part = slice(start, start + size)
+            spared, kept = (None if each is None else each[part] for each in limits)
+            yield _limited(magnitude(whole[part]) if is_magnitude else whole[part], spared, kept)
 
     def only(self, indices: Sequence[int]) -> "Scores":
         """The scores of some of the tensors."""
@@ -70,3 +82,21 @@ class Scores(Sequence[Tensor]):
             None if self.masks is None else [self.masks[index] for index in indices],
             None if self.candidates is None else [self.candidates[index] for index in indices],
         )
+
+
+def _limited(score: Tensor, spared: Tensor | None, kept: Tensor | None) -> Tensor:
+    """The scores, above all where `spared`, below all where not `kept`."""
+    greatest = torch.finfo(score.dtype).max
+    # limits made by arithmetic, since torch.where costs four times as much
+    if spared is not None:
+        floor = spared.to(score.dtype).mul_(greatest)
+        score = torch.maximum(score, floor, out=floor)
+    if kept is not None:
+        ceiling = kept.to(score.dtype).mul_(greatest).add_(BELOW_ALL)
+        score = torch.minimum(score, ceiling, out=ceiling)
+    return score
+
+
+def _flat(tensor: Tensor) -> Tensor:
+    """The elements as one dimension, row-major; copied only if they do not lie so."""
+    return tensor.detach().reshape(-1)

@@ -3,20 +3,25 @@
 Selection is a radix search over the bits of the scores: for floats, made monotone in two integer
 operations, bit order is value order. Each pass counts one 16-bit digit (one pass for 16-bit dtypes,
 two for fp32, four for fp64) in chunks, so memory stays bounded, nothing is sorted or concatenated,
-and the counts, being sums, add up over chunks, shards and processes. Equal scores are dropped by
+and the counts, being sums, add up over chunks, shards and processes. Weights on a CPU in fp32, bf16
+or fp16 are streamed by `native.selection`, whose keys are the same. Equal scores are dropped by
 position: tensors in the order given, row-major inside each, the first ones first. All counts are
 Python integers or int64. NaN is above all numbers.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from hamcli.native import selection
+from hamcli.sparsity.score import Scores, magnitude
 
 CHUNK = 1 << 18  # elements; a chunk and its keys stay in a core's cache
 DIGIT_BITS = 16
@@ -32,6 +37,36 @@ _KEYS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Streams:
+    """Scores as `native.selection` takes them.
+
+    Attributes:
+        values: On a CPU, of one dtype.
+        options: Whether |value| is meant, and what masks drop.
+    """
+
+    values: Sequence[Tensor]
+    options: Mapping[str, Any]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of all values."""
+        return self.values[0].dtype
+
+    def count(self, key: int) -> list[tuple[int, int]]:
+        """Of each tensor, how many scores are below a key, and how many at it."""
+        return selection.count_scores(self.values, key, **self.options)
+
+    def count_digits(self, shift: int, begins: int | None) -> Counts:
+        """Of a digit of all keys, or of those that begin so."""
+        return selection.count_digits(self.values, shift, begins, **self.options)
+
+    def keep_masks(self, key: int, ties: int) -> tuple[list[Tensor], int]:
+        """Masks under a cut, and the ties left over."""
+        return selection.keep_masks(self.values, key, ties, **self.options)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +109,7 @@ def global_counts(scores: Sequence[Tensor], num_zeros: int) -> list[int]:
     threshold = find_threshold(scores, num_zeros)
     ties_left = threshold.ties
     counts = []
-    for score in scores:
-        below, at = _count(score, threshold)
+    for below, at in _count(scores, threshold):
         taken = min(at, ties_left)
         ties_left -= taken
         counts.append(below + taken)
@@ -85,12 +119,7 @@ def global_counts(scores: Sequence[Tensor], num_zeros: int) -> list[int]:
 def global_masks(scores: Sequence[Tensor], num_zeros: int) -> list[Tensor]:
     """Masks, True where kept, that drop the `num_zeros` smallest of all; one bool tensor each."""
     threshold = find_threshold(scores, num_zeros)
-    ties_left = threshold.ties
-    masks = []
-    for score in scores:
-        mask, ties_left = keep_mask(score, threshold, ties_left)
-        masks.append(mask)
-    return masks
+    return _keep_masks(scores, threshold, threshold.ties)[0]
 
 
 def exact_mask(score: Tensor, num_zeros: int) -> Tensor:
@@ -100,7 +129,8 @@ def exact_mask(score: Tensor, num_zeros: int) -> Tensor:
 
 def exact_masks(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
     """One mask a tensor, each with its own count of zeros."""
-    return [exact_mask(score, count) for score, count in zip(scores, counts, strict=True)]
+    assert len(scores) == len(counts), "a count for each tensor"
+    return [global_masks(_only(scores, i), count)[0] for i, count in enumerate(counts)]
 
 
 @torch.no_grad()
@@ -162,58 +192,119 @@ def keep_mask(score: Tensor, threshold: Threshold, ties_left: int) -> tuple[Tens
         threshold: From `find_threshold` over all of them.
         ties_left: How many scores at the threshold are still to be dropped.
     """
-    mask = torch.empty(score.numel(), dtype=torch.bool, device=score.device)
-    parts = torch.split(mask, CHUNK) if mask.numel() else ()
-    for keys, part in zip(_keys(score, threshold.dtype), parts, strict=True):
-        torch.ge(keys, threshold.key, out=part)
-        if ties_left:
-            tied = (keys == threshold.key).nonzero().flatten()[:ties_left]
-            part[tied] = False
-            ties_left -= len(tied)
-    return mask.view(score.shape), ties_left
+    masks, ties_left = _keep_masks([score], threshold, ties_left)
+    return masks[0], ties_left
+
+
+@torch.no_grad()
+def _keep_masks(
+    scores: Sequence[Tensor], threshold: Threshold, ties_left: int
+) -> tuple[list[Tensor], int]:
+    """Every tensor's mask, and the ties that remain."""
+    streams = _streams(scores, threshold.dtype)
+    if streams is not None:
+        return streams.keep_masks(threshold.key, ties_left)
+    masks = []
+    for index in range(len(scores)):
+        shape, device = _place(scores, index)
+        mask = torch.empty(shape, dtype=torch.bool, device=device)
+        start, flat = 0, mask.view(-1)
+        for keys in _keys(scores, index, threshold.dtype):
+            part = flat[start : start + len(keys)]
+            torch.ge(keys, threshold.key, out=part)
+            if ties_left:
+                tied = (keys == threshold.key).nonzero().flatten()[:ties_left]
+                part[tied] = False
+                ties_left -= len(tied)
+            start += len(keys)
+        masks.append(mask)
+    return masks, ties_left
+
+
+def _streams(scores: Sequence[Tensor], dtype: torch.dtype | None = None) -> _Streams | None:
+    """The scores for `native.selection`; None where it does not take them, or not as `dtype`."""
+    values: Sequence[Tensor] = scores
+    masks = None
+    is_magnitude = isinstance(scores, Scores)
+    if isinstance(scores, Scores):
+        if scores.score is not magnitude or scores.candidates is not None:
+            return None
+        values, masks = scores.params, scores.masks
+    elif not isinstance(scores, list | tuple):
+        return None  # made when asked for
+    if not values or not selection.takes(values, masks) or dtype not in (None, values[0].dtype):
+        return None
+    return _Streams(values, {"magnitude": is_magnitude, "masks": masks})
 
 
 def _count_top_digits(scores: Sequence[Tensor]) -> tuple[torch.dtype, Counts]:
     """The smallest dtype with keys that holds every score exactly, and its first digit's counts."""
+    streams = _streams(scores)
+    if streams is not None:
+        shift = torch.finfo(streams.dtype).bits - DIGIT_BITS
+        return streams.dtype, streams.count_digits(shift, None)
     counts: dict[torch.dtype, Counts] = {}
-    for score in scores:
-        dtype = score.dtype if score.dtype in _KEYS else torch.float32
-        counts[dtype] = counts.get(dtype, NO_COUNTS) + _count_top_digit(score, dtype)
+    for index in range(len(scores)):
+        for chunk in _chunks(scores, index):
+            dtype = chunk.dtype if chunk.dtype in _KEYS else torch.float32
+            counts[dtype] = counts.get(dtype, NO_COUNTS) + _count_top_digit(chunk, dtype)
     if not counts:
         return torch.float32, NO_COUNTS
     common = functools.reduce(torch.promote_types, counts)
-    if len(counts) > 1:
-        # mixed: count again, in the common dtype
-        return common, sum((_count_top_digit(score, common) for score in scores), NO_COUNTS)
-    return common, counts[common]
+    if len(counts) == 1:
+        return common, counts[common]
+    # mixed: count again, in the common dtype
+    every = (chunk for index in range(len(scores)) for chunk in _chunks(scores, index))
+    return common, sum((_count_top_digit(chunk, common) for chunk in every), NO_COUNTS)
 
 
-def _keys(score: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
-    """Signed integers in the order of the scores, a chunk at a time, row-major."""
-    if score.numel() == 0:
+def _chunks(scores: Sequence[Tensor], index: int) -> Iterator[Tensor]:
+    """Flat parts of one tensor's scores, row-major."""
+    if isinstance(scores, Scores):
+        yield from scores.chunks(index, CHUNK)
         return
+    flat = scores[index].detach().reshape(-1)
+    yield from (flat[start : start + CHUNK] for start in range(0, flat.numel(), CHUNK))
+
+
+def _only(scores: Sequence[Tensor], index: int) -> Sequence[Tensor]:
+    return scores.only([index]) if isinstance(scores, Scores) else [scores[index]]
+
+
+def _place(scores: Sequence[Tensor], index: int) -> tuple[torch.Size, torch.device]:
+    """Shape and device of one tensor's scores."""
+    tensor = scores.params[index] if isinstance(scores, Scores) else scores[index]
+    return tensor.shape, tensor.device
+
+
+def _keys_of(chunk: Tensor, dtype: torch.dtype) -> Tensor:
+    """Signed integers in the order of the scores."""
     key_dtype = _KEYS[dtype]
     info = torch.iinfo(key_dtype)
-    for chunk in torch.split(score.detach().reshape(-1), CHUNK):
-        # adding zero makes -0.0 the equal of 0.0
-        bits = (chunk.to(dtype) + 0.0).view(key_dtype)
-        yield bits ^ ((bits >> (info.bits - 1)) & info.max)
+    # adding zero makes -0.0 the equal of 0.0
+    bits = (chunk.to(dtype) + 0.0).view(key_dtype)
+    return bits ^ ((bits >> (info.bits - 1)) & info.max)
 
 
-def _count_top_digit(score: Tensor, dtype: torch.dtype) -> Counts:
+def _keys(scores: Sequence[Tensor], index: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """The keys of one tensor's scores, a chunk at a time, row-major."""
+    return (_keys_of(chunk, dtype) for chunk in _chunks(scores, index))
+
+
+def _count_top_digit(chunk: Tensor, dtype: torch.dtype) -> Counts:
     """How often each value of the first digit occurs, signed and so counted from the middle."""
     shift = torch.finfo(dtype).bits - DIGIT_BITS
-    counts = NO_COUNTS.copy()
-    for keys in _keys(score, dtype):
-        counts += _bincount((keys >> shift).to(torch.int32) + DIGITS // 2)
-    return counts
+    return _bincount((_keys_of(chunk, dtype) >> shift).to(torch.int32) + DIGITS // 2)
 
 
 def _count_digits(scores: Sequence[Tensor], dtype: torch.dtype, shift: int, begins: int) -> Counts:
     """How often each value of the digit at `shift` occurs among keys that begin with `begins`."""
+    streams = _streams(scores, dtype)
+    if streams is not None:
+        return streams.count_digits(shift, begins)
     counts = NO_COUNTS.copy()
-    for score in scores:
-        for keys in _keys(score, dtype):
+    for index in range(len(scores)):
+        for keys in _keys(scores, index, dtype):
             inside = keys[(keys >> (shift + DIGIT_BITS)) == begins]
             counts += _bincount((inside >> shift) & DIGIT_MASK)
     return counts
@@ -227,10 +318,16 @@ def _bincount(digits: Tensor) -> Counts:
     return counts
 
 
-def _count(score: Tensor, threshold: Threshold) -> tuple[int, int]:
-    """How many scores are below the threshold, and how many at it."""
-    below = at = 0
-    for keys in _keys(score, threshold.dtype):
-        below += int((keys < threshold.key).sum())
-        at += int((keys == threshold.key).sum())
-    return below, at
+def _count(scores: Sequence[Tensor], threshold: Threshold) -> list[tuple[int, int]]:
+    """How many scores of each tensor are below the threshold, and how many at it."""
+    streams = _streams(scores, threshold.dtype)
+    if streams is not None:
+        return streams.count(threshold.key)
+    found = []
+    for index in range(len(scores)):
+        below = at = 0
+        for keys in _keys(scores, index, threshold.dtype):
+            below += int((keys < threshold.key).sum())
+            at += int((keys == threshold.key).sum())
+        found.append((below, at))
+    return found

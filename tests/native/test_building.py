@@ -49,6 +49,16 @@ def test_it_can_be_turned_off(fresh, monkeypatch):
     assert not log.exists()
 
 
+def test_nothing_is_built_for_those_who_need_no_haste(fresh, monkeypatch):
+    log = fake_compiler(monkeypatch, fresh)
+    native._is_built.cache_clear()
+    assert native.operators_if_built() is None
+    assert not log.exists()
+    building.build()
+    assert building.find_built() is not None
+    native._is_built.cache_clear()
+
+
 def test_without_a_compiler_it_says_so(fresh, monkeypatch):
     monkeypatch.delenv("CXX", raising=False)
     monkeypatch.setenv("PATH", str(fresh))

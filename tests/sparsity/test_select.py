@@ -6,6 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hamcli import native
+from hamcli.native import selection as streams
 from hamcli.sparsity import select
 from hamcli.sparsity.score import Scores
 from hamcli.sparsity.select import (
@@ -62,6 +64,99 @@ def test_global_masks_are_those_of_a_stable_sort(data: st.DataObject) -> None:
         assert global_counts(scores, zeros) == selection.zeros_of(expected)
     finally:
         select.CHUNK = chunk
+
+
+@pytest.fixture(params=["native", "numpy", "torch"])
+def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the three ways to count and to cut, the last that of a device or of fp64."""
+    if request.param == "numpy":
+        monkeypatch.setattr(native, "_settled", native.Status(False, "off for a test"))
+    elif request.param == "torch":
+        monkeypatch.setattr(streams, "takes", lambda *_: False)
+    elif not native.status().is_available:
+        pytest.skip(native.status().reason)
+    return str(request.param)
+
+
+@st.composite
+def weight_lists(draw: st.DrawFn) -> tuple[list[Tensor], list[Tensor]]:
+    """Up to three tensors of one dtype and their masks; few values, so that many are tied."""
+    dtype = draw(st.sampled_from(FLOATS))
+    values = st.sampled_from([0.0, -0.0, 0.5, -0.5, 1.0, 2.0**-14, -60000.0])
+    finite = st.floats(-60000.0, 60000.0, width=16)
+    weights, masks = [], []
+    for _ in range(draw(st.integers(1, 3))):
+        flat = draw(st.lists(draw(st.sampled_from([values, finite])), max_size=12))
+        weight = torch.tensor(flat, dtype=torch.float64).to(dtype)
+        mask = torch.tensor([draw(st.booleans()) for _ in flat], dtype=torch.bool)
+        shape = (2, -1) if len(flat) % 2 == 0 and flat else (-1,)
+        weights.append(weight.view(shape))
+        masks.append(mask.view(shape))
+    return weights, masks
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1 << 18])
+def test_weights_are_cut_as_by_a_stable_sort_whatever_is_masked(form: str, chunk: int) -> None:
+    @given(weight_lists(), st.booleans(), st.data())
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    def check(drawn: tuple[list[Tensor], list[Tensor]], is_masked: bool, data: st.DataObject):
+        weights, masks = drawn
+        scores = [weight.abs().double() for weight in weights]
+        if is_masked:
+            scores = [torch.where(m, s, -1.0) for s, m in zip(scores, masks, strict=True)]
+        zeros = data.draw(st.integers(0, sum(weight.numel() for weight in weights)))
+        expected = selection.global_masks(scores, zeros)
+        subject = Scores(weights, masks=masks if is_masked else None)
+        assert_same_masks(global_masks(subject, zeros), expected)
+        assert global_counts(subject, zeros) == selection.zeros_of(expected)
+        counts = [data.draw(st.integers(0, weight.numel())) for weight in weights]
+        alone = [selection.global_masks([s], n)[0] for s, n in zip(scores, counts, strict=True)]
+        assert_same_masks(exact_masks(subject, counts), alone)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "CHUNK", chunk)
+        patch.setattr(streams, "CHUNK", chunk)
+        check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("is_masked", [False, True])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_long_tensors_are_cut_as_by_a_stable_sort(
+    form: str, dtype: torch.dtype, is_masked: bool, threads: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(size, generator=generator).to(dtype) for size in (700_001, 3, 524_288)]
+    for weight in weights[::2]:
+        weight[::3] = 0.25  # ties on both sides of every border between parts
+    masks = [torch.rand(w.shape, generator=generator) > 0.2 for w in weights] if is_masked else None
+    scores = torch.cat(weights).abs().double()
+    if masks is not None:
+        scores = torch.where(torch.cat(masks), scores, -1.0)
+    order = scores.argsort(stable=True)
+    below, tied = int((scores < 0.25).sum()), int((scores == 0.25).sum())
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        for zeros in (1, below, below + 1, below + tied // 2, below + tied, len(scores) - 1):
+            expected = torch.ones(len(scores), dtype=torch.bool)
+            expected[order[:zeros]] = False
+            assert torch.equal(
+                torch.cat(global_masks(Scores(weights, masks=masks), zeros)), expected
+            )
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_score_that_needs_its_whole_tensor_gets_it() -> None:
+    def rank(weight: Tensor) -> Tensor:
+        return weight.argsort().argsort().float()
+
+    weights = [torch.tensor([5.0, -1.0, 3.0, 2.0]), torch.tensor([9.0, 8.0])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(select, "CHUNK", 2)
+        masks = global_masks(Scores(weights, rank), 3)
+    assert [mask.tolist() for mask in masks] == [[True, False, True, False], [True, False]]
 
 
 @pytest.mark.parametrize("zeros", [0, 1, 7, 8])

@@ -1,0 +1,69 @@
+"""Times and peak memory of several jobs, side by side in one process."""
+
+import ctypes
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+Clock = Literal["wall", "cpu"]  # cpu: the process's own time, which other processes disturb less
+Job = Callable[[], object]
+
+
+def time_rounds(jobs: Mapping[str, Job], *, rounds: int, clock: Clock) -> dict[str, list[float]]:
+    """Seconds of each job in each round; a round goes through all jobs in turn.
+
+    Args:
+        jobs: Name → what is timed.
+        rounds: How often each job is timed.
+        clock: "cpu" where there is one thread and other processes disturb.
+    """
+    now = time.perf_counter if clock == "wall" else time.process_time
+    times: dict[str, list[float]] = {name: [] for name in jobs}
+    for _ in range(rounds):
+        for name, job in jobs.items():
+            began = now()
+            job()
+            times[name].append(now() - began)
+    return times
+
+
+def spread(values: Sequence[float]) -> tuple[float, float]:
+    """Tenth and ninetieth percentile."""
+    if len(values) < 2:
+        return values[0], values[0]
+    tenths = statistics.quantiles(values, n=10, method="inclusive")
+    return tenths[0], tenths[-1]
+
+
+def ratio_spread(own: Sequence[float], measure: Sequence[float]) -> tuple[float, float]:
+    """Tenth and ninetieth percentile of the ratio inside one round."""
+    return spread([one / other for one, other in zip(own, measure, strict=True)])
+
+
+def extra_peak_bytes(job: Job) -> int | None:
+    """How far the process's memory rises above where it stood while `job` runs, on Linux."""
+    reset, status = Path("/proc/self/clear_refs"), Path("/proc/self/status")
+    if not os.access(reset, os.W_OK):
+        job()
+        return None
+    job()  # libraries, threads and what is made once
+    # memory that was freed but kept would hide what is taken
+    ctypes.CDLL(None).malloc_trim(0)
+    reset.write_text("5")
+    before = _kilobytes(status, "VmRSS")
+    job()
+    return max(0, _kilobytes(status, "VmHWM") - before) * 1024
+
+
+def available_bytes() -> int | None:
+    """Memory that this machine could still give, on Linux."""
+    path = Path("/proc/meminfo")
+    return _kilobytes(path, "MemAvailable") * 1024 if path.exists() else None
+
+
+def _kilobytes(path: Path, name: str) -> int:
+    line = next(line for line in path.read_text().splitlines() if line.startswith(f"{name}:"))
+    return int(line.split()[1])
