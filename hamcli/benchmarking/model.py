@@ -76,6 +76,8 @@ def bench_model(
         InputRefused: The model cannot be opened, or has no floating-point weights.
         ResourceError: E544, it does not fit into memory.
     """
+    where = environment()
+    warn_if_busy(progress, where["load"][0], where["cores"])
     progress.stage(f"opening {model}")
     source = find_model(model, config=config, hashed=False)
     shapes = _shapes(source)
@@ -106,7 +108,22 @@ def bench_model(
         )
     finally:
         torch.set_num_threads(before)
-    return ModelCost(model, step, chosen, training, conclude(step), environment())
+    return ModelCost(model, step, chosen, training, conclude(step), where)
+
+
+def warn_if_busy(progress: Progress, load: float, cores: int | None) -> None:
+    """Say that other processes disturb what is measured.
+
+    Args:
+        progress: Who watches.
+        load: Processes that ran or waited on average in the last minute.
+        cores: Of the machine; None where unknown.
+    """
+    if cores is not None and load > cores / 2:
+        progress.warn(
+            f"the machine is busy (load {load:.1f} on {cores} cores): ratios of wall time are "
+            "unreliable, those of --threads 1 count CPU time and are steadier"
+        )
 
 
 def conclude(step: StepCost) -> str:
