@@ -583,7 +583,7 @@ def _run() -> int:
         sys.stderr.write("\nham: interrupted before anything was saved\n")
         return 130
     except MemoryError:
-        return _told(ResourceError("E541", "not enough memory", "", "", "a smaller batch_size"))
+        return _told(ResourceError("E543", "not enough memory", "", "", "a smaller batch_size"))
     except BrokenPipeError:
         return 0
     except OSError as error:
@@ -610,7 +610,7 @@ def _unknown(error: Exception) -> int:
     if os.environ.get("HAM_DEBUG") == "1":
         traceback.print_exc()
     if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-        return _told(ResourceError("E541", "not enough memory", "", "", "a smaller batch_size"))
+        return _told(ResourceError("E543", "not enough memory", "", "", "a smaller batch_size"))
     text = f"ham: error[HAM-E001]: internal error: {type(error).__name__}: {printable(str(error))}"
     sys.stderr.write(shorten(text, 300) + "\n  hint: HAM_DEBUG=1 shows where; please report it\n")
     return EXIT_INTERNAL

@@ -165,3 +165,27 @@ def test_bad_input_is_one_clear_line_with_its_code(words, code, pattern, tmp_pat
     assert done.stdout == ""
     assert not (tmp_path / "out").exists()
     assert not any(path.suffix == "" and path.name != "out.run" for path in tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "number"),
+    [
+        (ZeroDivisionError("of ours"), 1, "E001"),
+        (MemoryError(), 5, "E543"),
+        (OSError(28, "No space left on device"), 5, "E506"),
+    ],
+)
+def test_what_escapes_is_one_line_too(error, code, number, monkeypatch, capsys):
+    from hamcli import cli, gate
+
+    def fails(*_, **__):
+        raise error
+
+    monkeypatch.setattr(gate, "check", fails)
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["check", "any"])
+    assert stop.value.code == code
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(f"ham: error[HAM-{number}]: ")
+    assert "Traceback" not in err

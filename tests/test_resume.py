@@ -84,6 +84,25 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, number, code):
     assert list((tmp_path / "out.run" / "checkpoints").iterdir())
 
 
+def test_an_output_in_use_is_locked(tmp_path):
+    words = [sys.executable, "-m", "hamcli", "sparsify", RESNET, "--target", "0.9", "--out", "out"]
+    words += ["--steps", "100000", "--set", "training.batch_size=2"]
+    words += ["--set", "evaluation.examples=8"]
+    more = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "text": True}
+    first = subprocess.Popen(words, stderr=subprocess.PIPE, **more)
+    for line in first.stderr:
+        if "step " in line:
+            break
+    second = subprocess.run(words, capture_output=True, timeout=120, check=False, **more)
+    assert second.returncode == 6
+    assert second.stdout == ""
+    assert "ham: error[HAM-E601]: another run holds the output" in second.stderr
+    assert first.poll() is None
+    first.send_signal(signal.SIGTERM)
+    first.communicate(timeout=120)
+    assert first.returncode == 75
+
+
 def test_the_same_run_on_a_finished_folder_changes_nothing(tmp_path):
     run(tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").iterdir()}
