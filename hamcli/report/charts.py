@@ -180,11 +180,12 @@ def relation(
     xs = [x for x, _ in found]
     ys = [y for _, y in found] + ([level[0]] if level is not None else [])
     y_ticks = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys), 5)
-    x_ticks = _log_ticks(min(xs), max(xs)) if log_x else _ticks(min(xs), max(xs), 5, inside=True)
+    x_range = _decades(min(xs), max(xs)) if log_x else (min(xs), max(max(xs), min(xs) + TINY))
+    x_ticks = _log_ticks(*x_range, 8) if log_x else _ticks(min(xs), max(xs), 5, inside=True)
     frame = _Frame(
         NARROW,
         280,
-        _log_range(min(xs), max(xs)) if log_x else (min(xs), max(max(xs), min(xs) + TINY)),
+        x_range,
         _log_range(min(ys), max(ys)) if log_y else (y_ticks[0], y_ticks[-1]),
         right=18,
         log=log_y,
@@ -589,7 +590,14 @@ def _log_range(low: float, high: float) -> tuple[float, float]:
     return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high * 1.0001))
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _decades(low: float, high: float) -> tuple[float, float]:
+    """As `_log_range`, but ending at a `high` that is a power of ten, where a line may end too."""
+    bottom = math.floor(math.log10(low) + 1e-9)
+    top = math.ceil(math.log10(high) - 1e-9)
+    return 10.0**bottom, 10.0 ** max(top, bottom + 1)
+
+
+def _log_ticks(low: float, high: float, about: int = 5) -> list[float]:
     bottom, top = (round(math.log10(value)) for value in _log_range(low, high))
-    every = max(1, math.ceil((top - bottom) / 5))
+    every = max(1, math.ceil((top - bottom) / about))
     return [10.0**power for power in range(bottom, top + 1, every)]

@@ -12,6 +12,7 @@ All by arXiv 2506.02630; `potentials` has R and M.
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 import numpy as np
 
@@ -102,16 +103,15 @@ def run_checks(
     references.require_scipy()
     sizes = sizes or Sizes()
     problem = make_problem(sizes, seed)
-    checks = []
-    for words, run in (
-        ("Bregman minimiser", lambda: check_bregman(problem, sizes, seed, make)),
-        ("path from L2 to L1", lambda: check_path(problem, sizes, make)),
-        ("sign flip", lambda: check_flip(sizes, make)),
-        ("recovery", lambda: check_recovery(problem, sizes, make)),
-    ):
-        stage(words)
-        checks.append(run())
-    return Results(seed, tuple(checks))
+    stage("Bregman minimiser")
+    bregman = check_bregman(problem, sizes, seed, make)
+    stage("path from L2 to L1")
+    path = check_path(problem, sizes, make)
+    stage("sign flip")
+    flip = check_flip(sizes, make)
+    stage("recovery")
+    recovery = check_recovery(problem, sizes, make)
+    return Results(seed, (bregman, path, flip, recovery))
 
 
 def check_bregman(
@@ -158,6 +158,7 @@ def check_bregman(
             "step",
             "relative distance",
             tuple(curves),
+            log_x=True,
             log_y=True,
             level=(DISTANCE_LIMIT, "limit"),
         ),
@@ -260,7 +261,7 @@ def check_flip(sizes: Sizes, make: MakeOptimizer = ham_sgd) -> Check:
         (
             claim(
                 "crossing time against the flow's, relative, largest", _max(deviations), FLIP_LIMIT
-            ),  # fmt: skip
+            ),
             claim(
                 f"times sooner than gradient flow at α = {sizes.flip[-1]:g}",
                 times[0] / times[-1],
@@ -272,7 +273,7 @@ def check_flip(sizes: Sizes, make: MakeOptimizer = ham_sgd) -> Check:
         ("from −0.1 towards 1", "crosses at", "flow"),
         tuple(rows),
         Plot(
-            "A weight on its way to 1",
+            "A weight on its way from −0.1 to 1",
             "time, in units of the flow",
             "weight",
             tuple(curves),
@@ -305,7 +306,7 @@ def check_recovery(problem: Problem, sizes: Sizes, make: MakeOptimizer = ham_sgd
         error, convex = (_distance(point, problem.truth) for point in (trail.weights, goal))
         rows.append((alpha, error, convex, trail.steps[-1]))
     errors = [row[1] for row in rows]
-    ratios = [after / before for before, after in zip(errors, errors[1:], strict=False)]
+    ratios = [after / before for before, after in pairwise(errors)]
     shown = [row for row in rows if row[0] > 0]
     alphas = tuple(row[0] for row in shown)
     return Check(
@@ -368,7 +369,7 @@ def _approach(trail: Trail, goal: Vector, label: str, style: str) -> Curve:
 
 
 def _path(path: Vector, lr: float, label: str, style: str, *, shown: float) -> Curve:
+    """The weight over time, up to as far beyond zero as it began below it."""
     count = round(shown / lr) + 1
-    pace = max(1, count // 200)
-    kept = range(0, count, pace)
-    return Curve(label, tuple(lr * step for step in kept), tuple(path[list(kept)]), style)
+    kept = [step for step in range(0, count, max(1, count // 400)) if path[step] <= -FLIP_START]
+    return Curve(label, tuple(lr * step for step in kept), tuple(path[kept]), style)

@@ -7,6 +7,7 @@ goes, only how fast.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from hamcli.theory.potentials import Vector
 from hamcli.theory.references import Matrix
 
 LOOK_EVERY = 20  # steps between looks at the curvature and at whether the end is reached
-STEP_LIMIT = 40_000
+STEP_LIMIT = 30_000
 
 # (weights, alpha, beta) -> what steps them; the tests put broken ones here
 MakeOptimizer = Callable[[Tensor, float, float], torch.optim.Optimizer]
@@ -52,7 +53,7 @@ def descend(
     beta: float = 0.0,
     exponent_limit: float,
     tolerance: float,
-    stability: float = 1.0,
+    stability: float = 1.5,
     make: MakeOptimizer = ham_sgd,
 ) -> Trail:
     """Descend |features @ w - labels|^2 / 2 until its flow stands still.
@@ -164,7 +165,7 @@ def cross_zero_factored(
 
 def _zero_time(path: list[float], lr: float) -> float | None:
     """Time of the first crossing, on a line between the two steps around it."""
-    for step, (before, after) in enumerate(zip(path, path[1:], strict=False)):
+    for step, (before, after) in enumerate(pairwise(path)):
         if after >= 0:
             return lr * (step + before / (before - after))
     return None

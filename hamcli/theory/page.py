@@ -1,6 +1,7 @@
 """`theory.html`, `theory.png` and `theory.json`: what the checks found, for people and programs."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from hamcli.theory.checks import Sizes
 from hamcli.theory.records import Curve, Plot, Results
 
 PAGE, PICTURE, DOCUMENT = "theory.html", "theory.png", "theory.json"
+LEGEND_COLUMNS = 3
 COLOURS = {  # of the picture, which is light; the page has its own for light and dark
     "first": "#2a78d6",
-    "middle": "#73a7e4",
-    "pale": "#b4cff0",
+    "middle": "#619be1",
+    "pale": "#9dc1ec",
     "second": "#d9601f",
     "third": "#0a7d2c",
     "quiet": "#a3a19a",
@@ -128,21 +130,29 @@ def draw(results: Results, path: Path) -> None:
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    canvas = Canvas(figsize=(12, 8.4), dpi=130, layout="constrained")
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.12)
+    canvas = Canvas(figsize=(12, 8.4), dpi=130, layout=layout)
     FigureCanvasAgg(canvas)
-    canvas.get_layout_engine().set(w_pad=0.12, h_pad=0.12)
     for axes, check in zip(canvas.subplots(2, 2).flat, results.checks, strict=True):
         _draw_plot(axes, check.plot, ("✓ " if check.passed else "✗ ") + check.plot.title)
     canvas.savefig(path, metadata={"Software": None})
 
 
 def _draw_plot(axes: Any, plot: Plot, title: str) -> None:
-    axes.set_title(title, loc="left", fontsize=12, fontweight="bold", color="#141413")
+    lines = math.ceil(len(plot.curves) / LEGEND_COLUMNS)
+    axes.set_title(
+        title, loc="left", pad=8 + 15 * lines, fontsize=12, fontweight="bold", color="#141413"
+    )
     axes.set_xlabel(plot.x_label, color="#55534f")
     axes.set_ylabel(plot.y_label, color="#55534f")
     if plot.log_x:
         axes.set_xscale("log")
+        found = [x for one in plot.curves for x in one.x if x > 0]
+        low, high = math.floor(math.log10(min(found))), math.ceil(math.log10(max(found)))
+        margin = 0.03 * (high - low)
+        axes.set_xlim(10 ** (low - margin), 10 ** (high + margin))
     if plot.log_y:
         axes.set_yscale("log")
     axes.grid(color="#e9e8e3", linewidth=0.8)
@@ -165,7 +175,17 @@ def _draw_plot(axes: Any, plot: Plot, title: str) -> None:
                 fontsize=9,
                 color="#55534f",
             )
-    axes.legend(frameon=False, fontsize=9, labelcolor="#55534f")
+    axes.legend(
+        ncols=LEGEND_COLUMNS,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        borderaxespad=0.2,
+        borderpad=0,
+        columnspacing=1.4,
+        frameon=False,
+        fontsize=9,
+        labelcolor="#55534f",
+    )
 
 
 def _draw_curve(axes: Any, curve: Curve) -> None:

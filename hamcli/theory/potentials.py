@@ -1,9 +1,9 @@
 """The functions that HAM minimises without being told to, elementwise in float64.
 
-    R(w)   = ((1 + alpha |w|) log(1 + alpha |w|) - alpha |w|) / alpha^2     potential of the flow
+    R(w)   = ((1 + alpha |w|) log(1 + alpha |w|) - alpha |w|) / alpha^2    potential of the flow
     R'(w)  = sign(w) log(1 + alpha |w|) / alpha
     R''(w) = 1 / (1 + alpha |w|)
-    M(w)   = |w| / alpha - log(1 + alpha |w|) / alpha^2                     what beta adds to the loss
+    M(w)   = |w| / alpha - log(1 + alpha |w|) / alpha^2                    what beta adds
     M'(w)  = w / (1 + alpha |w|)
     M''(w) = 1 / (1 + alpha |w|)^2
 

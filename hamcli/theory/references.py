@@ -48,7 +48,7 @@ def bregman_minimiser(features: Matrix, labels: Vector, start: Vector, alpha: fl
     """
     from scipy.linalg import null_space
 
-    free = null_space(features)  # [weights, weights - rows], orthonormal columns
+    free: Matrix = null_space(features)  # [weights, weights - rows], orthonormal columns
     fitted = np.linalg.lstsq(features, labels, rcond=None)[0]
     pull = potentials.mirrored(start, alpha)
 
@@ -57,12 +57,16 @@ def bregman_minimiser(features: Matrix, labels: Vector, start: Vector, alpha: fl
         return float(np.sum(potentials.potential(weights, alpha) - pull * weights))
 
     def slope(point: Vector) -> Vector:
-        return free.T @ (potentials.mirrored(fitted + free @ point, alpha) - pull)
+        moved: Vector = free.T @ (potentials.mirrored(fitted + free @ point, alpha) - pull)
+        return moved
 
     def curvature(point: Vector) -> Matrix:
-        return (free.T * potentials.metric(fitted + free @ point, alpha)) @ free
+        shaped: Matrix = (free.T * potentials.metric(fitted + free @ point, alpha)) @ free
+        return shaped
 
-    return fitted + free @ _minimised(divergence, slope, curvature, free.T @ (start - fitted))
+    found = _minimised(divergence, slope, curvature, free.T @ (start - fitted))
+    solution: Vector = fitted + free @ found
+    return solution
 
 
 def stationary_point(
@@ -97,7 +101,8 @@ def stationary_point(
 def ridge(features: Matrix, labels: Vector, weight: float) -> Vector:
     """Argmin |features @ w - labels|^2 / 2 + weight * |w|^2 / 2, in closed form."""
     gram = features.T @ features
-    return np.linalg.solve(gram + weight * np.eye(len(gram)), features.T @ labels)
+    found = np.linalg.solve(gram + weight * np.eye(len(gram)), features.T @ labels)
+    return np.asarray(found, dtype=np.float64)
 
 
 def lasso(features: Matrix, labels: Vector, weight: float) -> Vector:
