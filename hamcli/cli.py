@@ -452,7 +452,9 @@ def theory(
         watcher.stage("starting")
         from hamcli.theory import run_checks
         from hamcli.theory.page import cell_text, make_folder, write_results
+        from hamcli.theory.references import require_scipy
 
+        require_scipy()
         if out is not None:
             make_folder(out)
         found = run_checks(seed, stage=watcher.stage)
