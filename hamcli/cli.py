@@ -3,6 +3,7 @@
 import os
 import shlex
 import sys
+import time
 import traceback
 from dataclasses import asdict
 from pathlib import Path
@@ -433,6 +434,48 @@ def plan(
     wide = table("", ["", ""], rows)
     wide.columns[1].justify = "left"
     screen.result(asdict(found), wide)
+
+
+@app.command()
+def theory(
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder for theory.html, .png and .json.")
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the random problem.")] = 0,
+    as_json: JsonWord = False,
+    quiet: QuietWord = False,
+) -> None:
+    """Check the paper's claims on linear regression with our own step; exit 3 if one fails."""
+    from hamcli.console import Screen, duration, table
+
+    screen = Screen(quiet=quiet, as_json=as_json)
+    began = time.monotonic()
+    with screen.watcher("theory") as watcher:
+        watcher.stage("starting")
+        from hamcli.theory import run_checks
+        from hamcli.theory.page import cell_text, make_folder, write_results
+        from hamcli.theory.references import require_scipy
+
+        require_scipy()
+        if out is not None:
+            make_folder(out)
+        found = run_checks(seed, stage=watcher.stage)
+        if out is not None:
+            watcher.stage("drawing")
+            write_results(found, out)
+    shown: list[Any] = []
+    for one in found.checks:
+        rows = [[cell_text(cell) for cell in row] for row in one.rows]
+        shown += [one.title, *(f"  {line.line}" for line in one.claims)]
+        shown += [table("", one.columns, rows), ""]
+    where = f"written to {out}" if out is not None else "--out DIR writes the plots"
+    screen.result(found.to_dict(__version__), *shown, where)
+    screen.say(f"ham: {duration(time.monotonic() - began)}")
+    failed = [GateFailed("E302", "a claim of the theory fails", "", one.line.split("  ", 1)[1])
+              for one in found.failures]  # fmt: skip
+    if failed:
+        first = failed[0]
+        raise GateFailed("E302", first.what, "", first.why, others=failed[1:])
 
 
 @recipes.command("list")

@@ -6,7 +6,7 @@ from pathlib import Path
 import hamcli
 
 PACKAGE = Path(hamcli.__file__).parent
-LAZY = {"transformers", "datasets", "accelerate", "triton", "matplotlib"}
+LAZY = {"transformers", "datasets", "accelerate", "triton", "matplotlib", "scipy"}
 TORCHLESS = ("errors.py", "recipe", "progress.py", "cli.py", "console.py", "gate.py", "defaults.py")
 
 

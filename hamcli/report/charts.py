@@ -65,9 +65,12 @@ class _Frame:
     top: int = 12
     bottom: int = 40
     log: bool = False
+    log_x: bool = False
 
     def x(self, value: float) -> float:
         low, high = self.x_range
+        if self.log_x:
+            low, high, value = math.log10(low), math.log10(high), math.log10(max(value, low))
         share = (value - low) / (high - low)
         return round(self.left + share * (self.width - self.left - self.right), 2)
 
@@ -130,6 +133,91 @@ def curve(
     parts += [_path(frame, step, line, log) for line in lines]
     parts.append(_hover(frame, step, lines, show))
     return _svg(frame.width, frame.height, label, parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Points:
+    """Points of a `relation`: joined by a line, marked by dots, or rings that stand alone."""
+
+    label: str
+    x: Sequence[float]
+    y: Sequence[float]
+    style: str
+    marked: bool = False
+    hollow: bool = False
+
+
+def relation(
+    series: Sequence[Points],
+    *,
+    label: str,
+    x_label: str,
+    log_x: bool = False,
+    log_y: bool = False,
+    level: tuple[float, str] | None = None,
+) -> Markup | None:
+    """Curves y over x with axes of their own, or None where there is nothing to draw.
+
+    Args:
+        series: Finite numbers; on a logarithmic axis those that are not positive are left out.
+        label: What the chart shows, for those who hear the page.
+        x_label: Name of the x axis.
+        log_x: Whether the x axis is logarithmic.
+        log_y: Whether the y axis is.
+        level: A value of y to mark by a dashed line, and its words; without words, the line alone.
+    """
+    kept = [
+        [
+            (x, y)
+            for x, y in zip(one.x, one.y, strict=True)
+            if math.isfinite(x) and math.isfinite(y) and _drawable(x, log_x) and _drawable(y, log_y)
+        ]
+        for one in series
+    ]
+    found = [pair for pairs in kept for pair in pairs]
+    if not found:
+        return None
+    xs = [x for x, _ in found]
+    ys = [y for _, y in found] + ([level[0]] if level is not None else [])
+    y_ticks = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys), 5)
+    x_range = _decades(min(xs), max(xs)) if log_x else (min(xs), max(max(xs), min(xs) + TINY))
+    x_ticks = _log_ticks(*x_range, 8) if log_x else _ticks(min(xs), max(xs), 5, inside=True)
+    frame = _Frame(
+        NARROW,
+        280,
+        x_range,
+        _log_range(min(ys), max(ys)) if log_y else (y_ticks[0], y_ticks[-1]),
+        right=18,
+        log=log_y,
+        log_x=log_x,
+    )
+    parts = [
+        _y_axis(frame, y_ticks, _power if log_y else wording.number),
+        _x_axis(frame, x_ticks, x_label, _power if log_x else None),
+    ]
+    if level is not None:
+        parts.append(_reference(frame, *level, wording.number if level[1] else lambda _: ""))
+    for one, pairs in zip(series, kept, strict=True):
+        if not one.hollow and pairs:
+            thin = _extremes([y for _, y in pairs], POINT_LIMIT)
+            path = "L".join(f"{frame.x(pairs[i][0])} {frame.y(pairs[i][1])}" for i in thin)
+            parts.append(Markup('<path class="line {}" d="M{}"/>').format(one.style, path))
+    for one, pairs in zip(series, kept, strict=True):
+        if one.marked or one.hollow:
+            parts += [_mark(frame, one, x, y, x_label) for x, y in pairs]
+    return _svg(frame.width, frame.height, label, parts)
+
+
+def _mark(frame: _Frame, series: Points, x: float, y: float, x_label: str) -> Markup:
+    shape = "ring" if series.hollow else "dot"
+    return Markup('<circle class="{} {}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
+        shape,
+        series.style,
+        frame.x(x),
+        frame.y(y),
+        6 if series.hollow else 3.5,
+        f"{series.label}\n{x_label} {wording.number(x)}: {wording.number(y)}",
+    )
 
 
 def smoothed(values: Sequence[Number]) -> list[Number]:
@@ -360,7 +448,12 @@ def _y_axis(frame: _Frame, ticks: Sequence[float], show: Callable[[Number], str]
     )
 
 
-def _x_axis(frame: _Frame, ticks: Sequence[float], unit: str) -> Markup:
+def _x_axis(
+    frame: _Frame,
+    ticks: Sequence[float],
+    unit: str,
+    show: Callable[[Number], str] | None = None,
+) -> Markup:
     right = frame.width - frame.right
     low, high = frame.x_range
     line = Markup('<line class="axis" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(
@@ -368,7 +461,7 @@ def _x_axis(frame: _Frame, ticks: Sequence[float], unit: str) -> Markup:
     )
     marks = Markup("").join(
         Markup('<text class="tick middle" x="{}" y="{}">{}</text>').format(
-            frame.x(tick), frame.base + 17, wording.number(tick, 6)
+            frame.x(tick), frame.base + 17, show(tick) if show else wording.number(tick, 6)
         )
         for tick in ticks
         if low <= tick <= high
@@ -497,7 +590,14 @@ def _log_range(low: float, high: float) -> tuple[float, float]:
     return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high * 1.0001))
 
 
-def _log_ticks(low: float, high: float) -> list[float]:
+def _decades(low: float, high: float) -> tuple[float, float]:
+    """As `_log_range`, but ending at a `high` that is a power of ten, where a line may end too."""
+    bottom = math.floor(math.log10(low) + 1e-9)
+    top = math.ceil(math.log10(high) - 1e-9)
+    return 10.0**bottom, 10.0 ** max(top, bottom + 1)
+
+
+def _log_ticks(low: float, high: float, about: int = 5) -> list[float]:
     bottom, top = (round(math.log10(value)) for value in _log_range(low, high))
-    every = max(1, math.ceil((top - bottom) / 5))
+    every = max(1, math.ceil((top - bottom) / about))
     return [10.0**power for power in range(bottom, top + 1, every)]

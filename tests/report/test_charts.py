@@ -167,3 +167,30 @@ def test_powers_of_ten_are_named_as_such():
     assert charts._power(1e-5) == "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT FIVE}"
     assert charts._power(10.0) == "10"
     assert charts._power(math.pow(10, 12)) == "10\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"
+
+
+def test_a_relation_puts_decades_at_equal_distances_and_ends_at_the_last_point():
+    data = charts.Points("error", [1.0, 10.0, 100.0], [1.0, 0.1, 0.01], "first", marked=True)
+    drawn = charts.relation([data], label="x", x_label="a", log_x=True, log_y=True)
+    (first, second, third) = [
+        (float(one.get("cx")), float(one.get("cy"))) for one in shapes(drawn, "circle", "dot")
+    ]
+    assert third[0] - second[0] == pytest.approx(second[0] - first[0], abs=0.02)
+    assert third[1] - second[1] == pytest.approx(second[1] - first[1], abs=0.02)
+    assert third[0] == charts.NARROW - 18
+
+
+def test_a_relation_leaves_out_what_its_axes_cannot_show():
+    bad = [0.0, 1.0, math.nan, 10.0]
+    data = charts.Points("error", bad, [1.0, 2.0, 3.0, math.inf], "first", marked=True)
+    drawn = charts.relation([data], label="x", x_label="a", log_x=True)
+    assert len(shapes(drawn, "circle", "dot")) == 1
+    assert charts.relation([charts.Points("e", [], [], "first")], label="x", x_label="a") is None
+
+
+def test_a_relation_marks_its_level_and_escapes_names():
+    data = charts.Points("a<b", [0.0, 1.0], [0.0, 1.0], "second", hollow=True)
+    drawn = charts.relation([data], label="x<y", x_label="t&u", level=(0.5, "limit<"))
+    assert len(shapes(drawn, "circle", "ring")) == 2
+    assert not shapes(drawn, "path")
+    assert [one.text for one in shapes(drawn, "text", "reference-name")] == ["limit< 0.5"]
