@@ -218,6 +218,7 @@ def prune(
     data: DataWord = None,
     task: TaskWord = None,
     config: ConfigWord = None,
+    method: PruneMethodWord = None,
     pattern: PatternWord = None,
     max_drop: DropWord = None,
     overwrite: OverwriteWord = False,
@@ -234,6 +235,7 @@ def prune(
         task=task,
         data=data,
         target=target,
+        method=method,
         pattern=pattern,
         max_drop=max_drop,
     )

@@ -3,16 +3,18 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hamcli import __version__, native, outcome
+from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
 from hamcli.errors import HamError, Interrupted, Preempted, RecipeError, UsageError
 from hamcli.evaluation import Quality, measure
-from hamcli.finishing import finish_folder, reload, write_folder
+from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
 from hamcli.objective import Objective, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM
@@ -24,8 +26,10 @@ from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
+from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.methods import Sparsifier
+from hamcli.sparsity.score import Score
 from hamcli.training import (
     Hooks,
     find_gradients,
@@ -68,6 +72,8 @@ class Sparsification:
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
+        self.outliers: list[float] | None = None
+        self.activation: Score | None = None
 
     def work(self) -> Report:
         """Train, prune, write, reopen, measure, report."""
@@ -79,25 +85,33 @@ class Sparsification:
         teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
         self.progress.stage("measuring the dense model")
         dense = self._measure(self.model, teacher) if teacher is not None else None
+        self._look_at_inputs()
         one_shot = self._one_shot(teacher)
         course = self._course()
         self._prepare_step()
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
-        course.finish()
-        sparsifier = course.sparsifier
-        threshold = self._threshold(dense_weights, sparsifier)
-        return self._write(
-            objective,
-            optimizer,
-            sparsifier,
-            teacher,
-            dense,
-            one_shot,
-            dense_weights,
-            seconds,
-            threshold,
-        )
+        self.model.eval()
+        stage = self.run.stage()
+
+        def written(folder: Path, target: float) -> Report:
+            alone = one_shot if target == self.recipe.sparsity.target else None
+            return self._write(
+                folder, target, objective, optimizer, course.sparsifier, teacher, dense, alone,
+                dense_weights, seconds,
+            )  # fmt: skip
+
+        levels = self.recipe.sparsity.levels
+        if levels is None or not isinstance(course, Levels):
+            course.finish()
+            report = written(stage, self.recipe.sparsity.target)
+            return finish_folder(report, stage, self.run, self.progress)
+        reports = {}
+        for level, target in enumerate(levels):
+            course.finish_level(level)
+            name = f"{target * 100:g}"
+            reports[name] = written(stage / name, target)
+        return finish_levels(reports, stage, self.run, self.progress)
 
     def _prepare_step(self) -> None:
         """Build the native step before the clock of the first step runs, and say so."""
@@ -123,6 +137,17 @@ class Sparsification:
             device=self.device,
         )
 
+    def _look_at_inputs(self) -> None:
+        """Of the dense model, what owl and the score wanda stand on; the same when resumed."""
+        section = self.recipe.sparsity
+        if section.allocation != "owl" and section.score != "wanda":
+            return
+        self.progress.stage("looking at the inputs of the layers")
+        inputs = calibrate(self.opened, self.device, full=False)
+        # the score reads the weights of the moment; the shares of outliers are the dense model's
+        self.outliers = outliers(self.targets, inputs)
+        self.activation = activation_score(self.targets, inputs)
+
     def _one_shot(self, teacher: nn.Module | None) -> Quality | None:
         """Quality of pruning as far in one shot; the model is left as it was."""
         if teacher is None or self.recipe.sparsity.target == 0.0:
@@ -137,6 +162,7 @@ class Sparsification:
             pattern=section.pattern,
             min_sparsity=section.min_sparsity,
             max_sparsity=section.max_sparsity,
+            outliers=self.outliers,
         )
         apply_masks_(self.targets, masks)
         quality = self._measure(self.model, teacher)
@@ -161,6 +187,8 @@ class Sparsification:
             self.model,
             steps=recipe.training.steps,
             seed=recipe.training.seed,
+            outliers=self.outliers,
+            activation=self.activation,
         )
 
     def _optimizer(self, course: Course) -> HAM:
@@ -276,6 +304,14 @@ class Sparsification:
                 accumulation=training.accumulation,
                 seed=training.seed,
             )
+            if not any(bool(one.grad.any()) for one in course.params if one.grad is not None):
+                raise RecipeError(
+                    "E228",
+                    "no gradient to score by",
+                    "sparsity.score",
+                    "the dense model is its own teacher, and there is no other loss",
+                    "data with labels and objective.task above 0, or another score",
+                )
         optimizer.set_masks(course.after_step(0))
         optimizer.zero_grad()
 
@@ -375,6 +411,8 @@ class Sparsification:
 
     def _write(
         self,
+        folder: Path,
+        target: float,
         objective: Objective,
         optimizer: HAM,
         sparsifier: Sparsifier,
@@ -383,16 +421,16 @@ class Sparsification:
         one_shot: Quality | None,
         dense_weights: Sequence[Tensor],
         seconds: float,
-        threshold: float | None,
     ) -> Report:
+        """Write the model into a staging folder, recount and measure it there."""
         section = self.recipe.sparsity
+        threshold = self._threshold(dense_weights, sparsifier)
         self.progress.stage("writing and recounting")
-        self.model.eval()
-        written = write_folder(self.opened, self.model, self.run)
+        written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
         sparsity = outcome.sparsity_record(
             tensors,
-            section.target,
+            target,
             num_parameters=sum(param.numel() for param in self.model.parameters()),
             threshold=threshold,
             natural_zeros=sparsifier.natural_zeros,
@@ -406,7 +444,7 @@ class Sparsification:
         sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
         quality = outcome.quality_record(dense, sparse, one_shot, self.data)
         self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
-        report = Report(
+        return Report(
             ham_version=__version__,
             model=outcome.model_record(self.opened),
             recipe=public_recipe(self.recipe),
@@ -427,7 +465,6 @@ class Sparsification:
             histogram=outcome.histogram(dense_weights, self.targets.params),
             warnings=tuple(self.warnings),
         )
-        return finish_folder(report, written.stage, self.run, self.progress)
 
     def _warn_of(self, tensors: Any, natural_zeros: int, sparsifier: Sparsifier) -> None:
         empty = [one.name for one in tensors if one.zeros == one.total]

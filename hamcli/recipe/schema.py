@@ -187,9 +187,9 @@ class SparsitySection(Section):
                 "clamps", "target lies outside min_sparsity and max_sparsity of every tensor"
             )
         self._refuse_levels()
-        if self.score == "wanda" and self.method not in ("one-shot", "random", *WITHOUT_TRAINING):
+        if self.score == "wanda" and self.method not in ("one-shot", *WITHOUT_TRAINING):
             raise PydanticCustomError(
-                "score", "score wanda needs a method that prunes once: one-shot, or ham prune"
+                "score", "score wanda needs a method that prunes once: one-shot"
             )
         if self.pattern.startswith("block") and self.pattern == "block:1x1":
             raise PydanticCustomError("pattern", "block:1x1 is unstructured")

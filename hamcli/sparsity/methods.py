@@ -277,9 +277,14 @@ def make_sparsifier(
 
 
 def settled_allocation(method: str, allocation: str, pattern: str) -> str:
-    """What `auto` means: erk for random and rigl, as published, else global."""
+    """What `auto` means: as published, erk for random and rigl, uniform for wanda and sparsegpt.
+
+    For all others global.
+    """
     if allocation != "auto":
         return allocation
+    if method in ("wanda", "sparsegpt"):
+        return "uniform"
     is_grouped = ":" in pattern and not pattern.startswith("block")
     return "erk" if method in ("random", "rigl") and not is_grouped else "global"
 
