@@ -41,7 +41,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
     with RunState(out, inputs=inputs, overwrite=overwrite) as run:
         opened = open_run(read, progress)
         run.begin(run_identity(opened))
-        model, targets, section = opened.loaded.model, opened.targets, recipe.sparsity
+        model, targets, section = opened.loaded.model, opened.targets, opened.recipe.sparsity
         before = [param.detach().clone() for param in targets.params]
         natural = num_dropped(nonzero_masks(targets))
         teacher = make_teacher(model)

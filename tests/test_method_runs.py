@@ -115,7 +115,7 @@ def test_bar_without_pairs_is_refused(tmp_path):
 def test_blocks_go_all_the_way(tmp_path):
     from safetensors.torch import load_file
 
-    narrow = {"targets.include": ["*layers.1.convolution"], "sparsity.pattern": "block:4x2"}
+    narrow = {"targets.include": ["*layer.1.convolution"], "sparsity.pattern": "block:4x2"}
     report = run(tmp_path / "out", settings=narrow)
     weights = load_file(tmp_path / "out" / "model.safetensors")
     for tensor in report.tensors:
