@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from hamcli import __version__, native, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import HamError, Interrupted, Preempted, RecipeError, UsageError
+from hamcli.errors import HamError, Interrupted, Preempted, RecipeError
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
 from hamcli.objective import Objective, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM
 from hamcli.progress import Progress, StepRecord
-from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
 from hamcli.runstate import Checkpoint, RunState
 from hamcli.sharpness import adapter_pairs, balance_
@@ -173,14 +172,6 @@ class Sparsification:
 
     def _course(self) -> Course:
         recipe = self.recipe
-        if recipe.sparsity.method in WITHOUT_TRAINING:
-            raise UsageError(
-                "E106",
-                "the method does not train",
-                "sparsity.method",
-                recipe.sparsity.method,
-                f"ham prune --method {recipe.sparsity.method}, or another method",
-            )
         return make_course(
             recipe.sparsity,
             self.targets,
@@ -399,8 +390,10 @@ class Sparsification:
     # ---- the end ----
 
     def _threshold(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> float | None:
-        """Largest dense magnitude among the dropped weights of a one-shot run; else unknown."""
-        if self.recipe.sparsity.method != "one-shot" or sparsifier.masks is None:
+        """Largest dense magnitude among what one shot by magnitude dropped; else unknown."""
+        section = self.recipe.sparsity
+        is_cut = section.method == "one-shot" and section.score == "magnitude"
+        if not is_cut or sparsifier.masks is None:
             return None
         dropped = [
             float(weights.abs()[~mask.cpu()].max())

@@ -178,7 +178,7 @@ def test_the_plan_says_what_a_method_costs():
     plain = planned()
     assert plain.costs == ()
     factors = planned(**{"sparsity.method": "pilot"})
-    assert factors.memory_bytes == plain.memory_bytes + 5 * 4 * plain.prunable
+    assert factors.memory_bytes == plain.memory_bytes + 6 * 4 * plain.prunable
     assert "twice the parameters" in factors.costs[0]
     sam = planned(**{"optimizer.sam": 0.05})
     assert "two passes" in sam.costs[0]

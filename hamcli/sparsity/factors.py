@@ -49,7 +49,7 @@ class Factors(Course):
         rescale_every: Steps between two times that sign-in sets its factors anew.
     """
 
-    copies = 5  # two factors, each with gradient and two moments, in place of the one; the weights
+    copies = 6  # each factor has a gradient and two moments; the model's weights have a gradient
 
     def __init__(
         self,
