@@ -42,7 +42,10 @@ ModelWord = Annotated[
         help="Hub id (org/name[@revision]), folder, .safetensors or builtin:minilm.",
     ),
 ]
-TargetWord = Annotated[float | None, typer.Option("--target", help="Sparsity, 0 to 1.")]
+TargetWord = Annotated[
+    str | None,
+    typer.Option("--target", help="Sparsity, 0 to 1; several, as 0.5,0.8,0.9, with method ast."),
+]
 RecipeWord = Annotated[
     str | None, typer.Option("--recipe", help="Shipped recipe or YAML file; default by task.")
 ]
@@ -58,8 +61,22 @@ TaskWord = Annotated[
     str | None, typer.Option("--task", help="What the model does; default: inferred.")
 ]
 ConfigWord = Annotated[str | None, typer.Option("--config", help="config.json of a bare file.")]
-MethodWord = Annotated[str | None, typer.Option("--method", help="gradual or one-shot.")]
-PatternWord = Annotated[str | None, typer.Option("--pattern", help="unstructured or N:M, as 2:4.")]
+MethodWord = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        help="gradual (default), one-shot, random, ac-dc, rigl, cyclic, str, spred, pilot, "
+        "sign-in or ast.",
+    ),
+]
+PruneMethodWord = Annotated[
+    str | None,
+    typer.Option("--method", help="one-shot (by sparsity.score; default), wanda or sparsegpt."),
+]
+PatternWord = Annotated[
+    str | None,
+    typer.Option("--pattern", help="unstructured, N:M, as 2:4, or block:RxC, as block:4x4."),
+]
 StepsWord = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 SeedWord = Annotated[int | None, typer.Option("--seed", help="Seed of data order and dropout.")]
 DeviceWord = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:N] or mps.")]
@@ -94,8 +111,21 @@ def _layers(recipe: str | None, settings: list[str] | None, **words: Any) -> lis
 
     layers = [recipe_layer(recipe)] if recipe is not None else []
     for key, value in words.items():
+        if key == "target" and value is not None:
+            value = _targets(value)
         layers.append(values_layer({FLAGS[key]: value}, f"--{key.replace('_', '-')}"))
     return [*layers, words_layer(settings or [])]
+
+
+def _targets(text: str) -> float | list[float]:
+    """One sparsity, or several with commas between them."""
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise UsageError(
+            "E107", "not a sparsity", "--target", printable(text), "0.9, or 0.5,0.8,0.9"
+        ) from None
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 FLAGS = {
@@ -191,6 +221,7 @@ def prune(
     data: DataWord = None,
     task: TaskWord = None,
     config: ConfigWord = None,
+    method: PruneMethodWord = None,
     pattern: PatternWord = None,
     max_drop: DropWord = None,
     overwrite: OverwriteWord = False,
@@ -207,6 +238,7 @@ def prune(
         task=task,
         data=data,
         target=target,
+        method=method,
         pattern=pattern,
         max_drop=max_drop,
     )
@@ -430,6 +462,7 @@ def plan(
         ("steps", f"{found.steps:,}, about {duration(found.seconds)} here"),
         ("memory", f"{size(found.memory_bytes)} and activations"),
         ("disk", size(found.disk_bytes)),
+        *(("cost", cost) for cost in found.costs),
     ]
     wide = table("", ["", ""], rows)
     wide.columns[1].justify = "left"

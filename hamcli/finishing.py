@@ -1,7 +1,8 @@
 """The finished folder: written into a stage, opened again as a stranger would, published."""
 
 import hashlib
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from hamcli.checkpoint.source import find_model
 from hamcli.opening import Opened
 from hamcli.progress import Progress
 from hamcli.recipe import effective_text
-from hamcli.report.records import Report
+from hamcli.report.records import REPORT_NAME, Report
 from hamcli.runstate import RunState, installed_versions
 
 
@@ -27,9 +28,8 @@ class Written:
     files: tuple[tuple[str, int, str], ...]
 
 
-def write_folder(opened: Opened, model: nn.Module, run: RunState) -> Written:
-    """Write the model and the effective recipe into a staging folder."""
-    stage = run.stage()
+def write_folder(opened: Opened, model: nn.Module, stage: Path) -> Written:
+    """Write the model and the effective recipe into a staging folder, or a fresh one below it."""
     section = opened.recipe.export
     made = write_model(
         model,
@@ -63,3 +63,24 @@ def finish_folder(report: Report, stage: Path, run: RunState, progress: Progress
     for text in run.publish(stage):
         progress.warn(text)
     return report
+
+
+def finish_levels(
+    reports: Mapping[str, Report], stage: Path, run: RunState, progress: Progress
+) -> Report:
+    """Write the reports of several results, each a folder of the stage, and publish them as one.
+
+    The stage itself gets the last one's `report.json`, which lists the files of all.
+    """
+    from hamcli.report.writing import write_report
+
+    progress.stage("writing the reports")
+    files = []
+    for name, report in reports.items():
+        write_report(report, stage / name)
+        files += [replace(one, path=f"{name}/{one.path}") for one in report.files]
+    last = replace([*reports.values()][-1], files=tuple(files))
+    (stage / REPORT_NAME).write_text(last.to_json(), encoding="utf-8", newline="\n")
+    for text in run.publish(stage):
+        progress.warn(text)
+    return last

@@ -17,7 +17,9 @@ from hamcli.errors import RecipeError, UsageError
 from hamcli.objective import Objective, make_objective
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe, read_recipe, recipe_layer, values_layer
+from hamcli.recipe.text import KeyPath, Parsed
 from hamcli.runstate import RunIdentity, installed_versions
+from hamcli.sparsity.methods import settled_allocation
 from hamcli.sparsity.targets import Targets, select_targets
 
 
@@ -34,7 +36,7 @@ class Opened:
 
 def complete(layers: Sequence[Any], *, has_recipe: bool) -> ReadRecipe:
     """The checked recipe; without one of the user's, that of the model's task lies below."""
-    layers = [*layers]
+    layers = [_with_levels(layer) for layer in layers]
     if not has_recipe:
         said = [layer.data for layer in layers]
         model = _last(said, "model", "id")
@@ -54,6 +56,21 @@ def complete(layers: Sequence[Any], *, has_recipe: bool) -> ReadRecipe:
             fixed = values_layer({"sparsity.target": 1 - int(kept) / int(group)}, "pattern")
             layers.append(fixed)
     return read_recipe(layers)
+
+
+def _with_levels(layer: Parsed) -> Parsed:
+    """A layer whose `sparsity.target` is a list says the levels of ast instead."""
+    section = layer.data.get("sparsity")
+    target = section.get("target") if isinstance(section, Mapping) else None
+    if not isinstance(section, Mapping) or not isinstance(target, list | tuple) or not target:
+        return layer
+    levels = sorted(set(target))
+    said: dict[str, Any] = {"target": levels[-1]}
+    if len(levels) > 1:
+        said |= {"levels": levels, "method": section.get("method", "ast")}
+    place = layer.places.get(("sparsity", "target"), "")
+    places: dict[KeyPath, str] = {("sparsity", key): place for key in said}
+    return Parsed({**layer.data, "sparsity": {**section, **said}}, {**places, **layer.places})
 
 
 def _last(layers: Sequence[Mapping[str, Any]], section: str, key: str) -> Any:
@@ -103,13 +120,20 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
-    """The recipe with revision, task and exclusions written out."""
+    """The recipe with revision, task, allocation and exclusions written out."""
     model_id = recipe.model.id or ""
     if source.revision is not None:
         model_id = f"{model_id.partition('@')[0]}@{source.revision}"
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"id": model_id, "task": task}),
+            "sparsity": recipe.sparsity.model_copy(
+                update={
+                    "allocation": settled_allocation(
+                        recipe.sparsity.method, recipe.sparsity.allocation, recipe.sparsity.pattern
+                    )
+                }
+            ),
             "targets": recipe.targets.model_copy(update={"exclude": tuple(targets.exclude)}),
         }
     )

@@ -4,9 +4,11 @@ from pathlib import Path
 from typing import Any
 
 from hamcli.defaults import out_folder
+from hamcli.errors import UsageError
 from hamcli.opening import complete, open_run, run_identity
 from hamcli.progress import Progress, Silent
 from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
+from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report, read_report
 from hamcli.runstate import RunState, check_out, finished, remove_leftovers
 from hamcli.signals import stop_on_signals
@@ -83,6 +85,14 @@ def run_sparsify(
     progress = progress or Silent()
     recipe = read.recipe
     target = recipe.sparsity.target
+    if recipe.sparsity.method in WITHOUT_TRAINING:
+        raise UsageError(
+            "E106",
+            "the method does not train",
+            read.place("sparsity", "method"),
+            recipe.sparsity.method,
+            f"ham prune --method {recipe.sparsity.method}, or another method",
+        )
     folder = Path(out) if out is not None else out_folder(recipe.model.id or "", target)
     if not overwrite and (found := _complete_already(read, folder, progress)) is not None:
         return found

@@ -9,7 +9,9 @@ from hamcli.data import batch
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, objective_of, open_run
 from hamcli.progress import Progress
-from hamcli.recipe import ReadRecipe
+from hamcli.recipe import ReadRecipe, Recipe
+from hamcli.sparsity.catalogue import COPIES
+from hamcli.sparsity.factors import KINDS
 from hamcli.sparsity.masks import make_rules
 
 TRIED_STEPS = 2
@@ -36,6 +38,7 @@ class Plan:
         memory_bytes: Weights, gradients, optimizer state and teacher; activations come on top.
         disk_bytes: Run checkpoints and result.
         seconds: Estimated training time here, from a few tried steps.
+        costs: What method and optimizer cost beside plain training, in words.
     """
 
     model: str
@@ -51,6 +54,7 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    costs: tuple[str, ...] = ()
 
 
 def plan(read: ReadRecipe, progress: Progress) -> Plan:
@@ -69,6 +73,10 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
     parameters = sum(param.numel() for param in model.parameters())
     progress.stage("trying two steps")
     seconds = _step_seconds(opened) * recipe.training.steps * recipe.training.accumulation
+    results = len(section.levels or (section.target,))
+    extra, more, costs = _costs(recipe, targets.total, parameters)
+    if recipe.optimizer.sam > 0:
+        seconds *= 2
     return Plan(
         model=recipe.model.id or "",
         task=opened.loaded.task,
@@ -80,10 +88,26 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
         overall_sparsity=rules.num_zeros / parameters,
         excluded=tuple(targets.exclude),
         steps=recipe.training.steps,
-        memory_bytes=WEIGHT_COPIES * 4 * parameters,
-        disk_bytes=(KEPT * CHECKPOINT_COPIES + 1) * 4 * parameters,
+        memory_bytes=WEIGHT_COPIES * 4 * parameters + extra,
+        disk_bytes=(KEPT * CHECKPOINT_COPIES + results) * 4 * parameters + KEPT * more,
         seconds=seconds,
+        costs=costs,
     )
+
+
+def _costs(recipe: Recipe, prunable: int, parameters: int) -> tuple[int, int, tuple[str, ...]]:
+    """Bytes of memory and of a run checkpoint beside those of plain training, and why."""
+    method, copies = recipe.sparsity.method, COPIES.get(recipe.sparsity.method, 0)
+    extra = more = copies * 4 * prunable
+    costs = []
+    if method in KINDS:
+        costs.append(f"{method} trains two factors a weight: twice the parameters and moments")
+    elif copies:
+        costs.append(f"{method} keeps {copies} more copies of the targets' weights")
+    if recipe.optimizer.sam > 0:
+        extra += 4 * parameters
+        costs.append("sam: two passes a step, and one more copy of the weights")
+    return extra, more, tuple(costs)
 
 
 def _step_seconds(opened: Opened) -> float:

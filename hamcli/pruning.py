@@ -4,23 +4,35 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from hamcli import __version__, outcome
+from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import Data, evaluation_batches
-from hamcli.errors import UsageError
+from hamcli.errors import RecipeError, UsageError
 from hamcli.evaluation import Quality, drop, measure
 from hamcli.finishing import finish_folder, reload, write_folder
+from hamcli.layerwise import prune_layers_
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, open_run, public_recipe, run_identity
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe
+from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report
 from hamcli.runstate import RunState
-from hamcli.sparsity.masks import apply_masks_, nonzero_masks, num_dropped, prune_masks
+from hamcli.sparsity.catalogue import make_score
+from hamcli.sparsity.masks import (
+    apply_masks_,
+    choose_masks,
+    make_rules,
+    nonzero_masks,
+    num_dropped,
+    zeros_at_end,
+)
 
 
 def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -> Report:
-    """Zero the smallest weights exactly, write, recount and measure; nothing is trained."""
+    """Zero weights exactly, write, recount and measure; nothing is trained."""
     recipe = read.recipe
     device = torch.device("cpu")
     inputs = [
@@ -29,33 +41,27 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
     with RunState(out, inputs=inputs, overwrite=overwrite) as run:
         opened = open_run(read, progress)
         run.begin(run_identity(opened))
-        model, targets, section = opened.loaded.model, opened.targets, recipe.sparsity
+        model, targets, section = opened.loaded.model, opened.targets, opened.recipe.sparsity
         before = [param.detach().clone() for param in targets.params]
         natural = num_dropped(nonzero_masks(targets))
         teacher = make_teacher(model)
         progress.stage("pruning")
-        masks = prune_masks(
-            targets,
-            section.target,
-            allocation=section.allocation,
-            pattern=section.pattern,
-            min_sparsity=section.min_sparsity,
-            max_sparsity=section.max_sparsity,
-        )
+        masks = _prune_(opened, device)
         dropped = [
             w.abs()[~m].max() for w, m in zip(before, masks, strict=True) if not bool(m.all())
         ]
-        apply_masks_(targets, masks)
         progress.stage("writing and recounting")
-        written = write_folder(opened, model, run)
+        written = write_folder(opened, model, run.stage())
         tensors = outcome.counted_tensors(written.stage, targets.names, written.names)
         sparsity = outcome.sparsity_record(
             tensors,
             section.target,
             num_parameters=sum(param.numel() for param in model.parameters()),
-            threshold=float(torch.stack(dropped).max()) if dropped else None,
+            threshold=float(torch.stack(dropped).max())
+            if dropped and section.method not in WITHOUT_TRAINING and section.score == "magnitude"
+            else None,
             natural_zeros=natural,
-            method="one-shot",
+            method=section.method if section.method in WITHOUT_TRAINING else "one-shot",
             allocation=section.allocation,
             pattern=section.pattern,
         )
@@ -84,6 +90,42 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
         finish_folder(report, written.stage, run, progress)
         run.finish()
     return report
+
+
+def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
+    """Prune the targets in place, as the recipe says; the masks."""
+    section, targets = opened.recipe.sparsity, opened.targets
+    if section.score == "first-order":
+        raise RecipeError(
+            "E228",
+            "no gradient to score by",
+            "sparsity.score",
+            "ham prune computes none",
+            "ham sparsify --method one-shot, or another score",
+        )
+    is_layerwise = section.method in WITHOUT_TRAINING
+    looks = is_layerwise or section.score == "wanda" or section.allocation == "owl"
+    inputs = calibrate(opened, device, full=section.method == "sparsegpt") if looks else None
+    shares = outliers(targets, inputs) if inputs is not None else None
+    rules = make_rules(
+        targets,
+        target=section.target,
+        allocation=section.allocation,
+        pattern=section.pattern,
+        min_sparsity=section.min_sparsity,
+        max_sparsity=section.max_sparsity,
+        outliers=shares,
+    )
+    if is_layerwise:
+        assert inputs is not None
+        return prune_layers_(section.method, targets, rules, inputs)
+    nonzero = nonzero_masks(targets)
+    activation = activation_score(targets, inputs) if inputs is not None else None
+    score = make_score(section.score, targets, opened.recipe.training.seed, activation)
+    due = zeros_at_end(targets, rules, nonzero)
+    masks = choose_masks(targets, rules, due, masks=nonzero, score=score)
+    apply_masks_(targets, masks)
+    return masks
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,26 +3,40 @@
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hamcli import __version__, native, outcome
+from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import HamError, Interrupted, Preempted
+from hamcli.errors import HamError, Interrupted, Preempted, RecipeError
 from hamcli.evaluation import Quality, measure
-from hamcli.finishing import finish_folder, reload, write_folder
+from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
 from hamcli.objective import Objective, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM
 from hamcli.progress import Progress, StepRecord
 from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
 from hamcli.runstate import Checkpoint, RunState
+from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
+from hamcli.sparsity.catalogue import COPIES, make_course
+from hamcli.sparsity.courses import Course
+from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
-from hamcli.sparsity.methods import Sparsifier, make_sparsifier
-from hamcli.training import Hooks, make_accelerator, train, warm_up_and_decay
+from hamcli.sparsity.methods import Sparsifier
+from hamcli.sparsity.score import Score
+from hamcli.training import (
+    Hooks,
+    find_gradients,
+    in_cycles,
+    make_accelerator,
+    train,
+    warm_up_and_decay,
+)
 
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
@@ -57,6 +71,8 @@ class Sparsification:
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
+        self.outliers: list[float] | None = None
+        self.activation: Score | None = None
 
     def work(self) -> Report:
         """Train, prune, write, reopen, measure, report."""
@@ -68,23 +84,33 @@ class Sparsification:
         teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
         self.progress.stage("measuring the dense model")
         dense = self._measure(self.model, teacher) if teacher is not None else None
+        self._look_at_inputs()
         one_shot = self._one_shot(teacher)
-        sparsifier = self._sparsifier()
+        course = self._course()
         self._prepare_step()
-        optimizer = self._optimizer()
-        seconds = self._train(objective, optimizer, sparsifier, teacher)
-        threshold = self._threshold(dense_weights, sparsifier)
-        return self._write(
-            objective,
-            optimizer,
-            sparsifier,
-            teacher,
-            dense,
-            one_shot,
-            dense_weights,
-            seconds,
-            threshold,
-        )
+        optimizer = self._optimizer(course)
+        seconds = self._train(objective, optimizer, course, teacher)
+        self.model.eval()
+        stage = self.run.stage()
+
+        def written(folder: Path, target: float) -> Report:
+            alone = one_shot if target == self.recipe.sparsity.target else None
+            return self._write(
+                folder, target, objective, optimizer, course.sparsifier, teacher, dense, alone,
+                dense_weights, seconds,
+            )  # fmt: skip
+
+        levels = self.recipe.sparsity.levels
+        if levels is None or not isinstance(course, Levels):
+            course.finish()
+            report = written(stage, self.recipe.sparsity.target)
+            return finish_folder(report, stage, self.run, self.progress)
+        reports = {}
+        for level, target in enumerate(levels):
+            course.finish_level(level)
+            name = f"{target * 100:g}"
+            reports[name] = written(stage / name, target)
+        return finish_levels(reports, stage, self.run, self.progress)
 
     def _prepare_step(self) -> None:
         """Build the native step before the clock of the first step runs, and say so."""
@@ -110,6 +136,17 @@ class Sparsification:
             device=self.device,
         )
 
+    def _look_at_inputs(self) -> None:
+        """Of the dense model, what owl and the score wanda stand on; the same when resumed."""
+        section = self.recipe.sparsity
+        if section.allocation != "owl" and section.score != "wanda":
+            return
+        self.progress.stage("looking at the inputs of the layers")
+        inputs = calibrate(self.opened, self.device, full=False)
+        # the score reads the weights of the moment; the shares of outliers are the dense model's
+        self.outliers = outliers(self.targets, inputs)
+        self.activation = activation_score(self.targets, inputs)
+
     def _one_shot(self, teacher: nn.Module | None) -> Quality | None:
         """Quality of pruning as far in one shot; the model is left as it was."""
         if teacher is None or self.recipe.sparsity.target == 0.0:
@@ -124,6 +161,7 @@ class Sparsification:
             pattern=section.pattern,
             min_sparsity=section.min_sparsity,
             max_sparsity=section.max_sparsity,
+            outliers=self.outliers,
         )
         apply_masks_(self.targets, masks)
         quality = self._measure(self.model, teacher)
@@ -132,29 +170,25 @@ class Sparsification:
                 param.copy_(values)
         return quality
 
-    def _sparsifier(self) -> Sparsifier:
-        section = self.recipe.sparsity
-        return make_sparsifier(
-            section.method,
+    def _course(self) -> Course:
+        recipe = self.recipe
+        return make_course(
+            recipe.sparsity,
             self.targets,
-            target=section.target,
-            steps=self.recipe.training.steps,
-            allocation=section.allocation,
-            pattern=section.pattern,
-            ramp_start=section.ramp_start,
-            freeze_last=section.freeze_last,
-            update_every=section.update_every,
-            min_sparsity=section.min_sparsity,
-            max_sparsity=section.max_sparsity,
+            self.model,
+            steps=recipe.training.steps,
+            seed=recipe.training.seed,
+            outliers=self.outliers,
+            activation=self.activation,
         )
 
-    def _optimizer(self) -> HAM:
+    def _optimizer(self, course: Course) -> HAM:
         section = self.recipe.optimizer
         targeted = {id(param) for param in self.targets.params}
         others = [param for param in self.model.parameters() if id(param) not in targeted]
         wide = [param for param in others if param.dim() >= 2]
         flat = [param for param in others if param.dim() < 2]
-        groups: list[dict[str, Any]] = [{"params": self.targets.params}]
+        groups: list[dict[str, Any]] = [{"params": course.params}]
         groups += [{"params": wide, "mirror": False}] if wide else []
         groups += [{"params": flat, "mirror": False, "weight_decay": 0.0}] if flat else []
         return HAM(
@@ -180,35 +214,46 @@ class Sparsification:
         self,
         objective: Objective,
         optimizer: HAM,
-        sparsifier: Sparsifier,
+        course: Course,
         teacher: nn.Module | None,
     ) -> float:
-        training = self.recipe.training
-        done = self._resume(optimizer, sparsifier)
+        training, section = self.recipe.training, self.recipe.optimizer
+        pairs = self._balanced_pairs(course)
+        done = self._resume(optimizer, course)
         self._preflight()
-        if done == 0:
-            self._take_masks(optimizer, sparsifier, 0)
         every = max(1, training.steps // MEASURED_STEPS)
 
         def after_step(step: int) -> float:
-            self._take_masks(optimizer, sparsifier, step)
+            if pairs:
+                lr = float(optimizer.param_groups[0]["lr"])
+                balance_(pairs, section.bar * lr, optimizer.state)
+            optimizer.set_masks(course.after_step(step))
             if (step + 1) % every == 0 or step == 0:
                 optimizer.measure_next_step()
-            return sparsifier.sparsity
+            return course.sparsity
 
-        section = self.recipe.optimizer
         hooks = Hooks(
             batch_at=lambda micro: batch(
                 self.data, micro, batch_size=training.batch_size, seed=training.seed
             ),
             loss_of=lambda model, values: objective(model, values, teacher),
-            lr_at=warm_up_and_decay(
-                section.schedule, peak=section.lr, steps=training.steps, warmup=section.warmup
+            lr_at=in_cycles(
+                lambda steps: warm_up_and_decay(
+                    section.schedule, peak=section.lr, steps=steps, warmup=section.warmup
+                ),
+                training.steps,
+                course.sparsifier.cycles,
             ),
             measures=lambda step: step % every == 0,
             exponents=optimizer.exponent_statistics,
             after_step=after_step,
+            before_step=course.before_step,
+            after_backward=course.after_backward,
+            sharpness=section.sam,
+            zeros=self.targets.params,
         )
+        if done == 0:
+            self._begin(hooks, optimizer, course)
         if every == 1 or (done + 1) % every == 0:
             optimizer.measure_next_step()
         began = time.monotonic()
@@ -232,23 +277,55 @@ class Sparsification:
                 seconds = self.seconds_before + time.monotonic() - began
                 due = record.step % training.checkpoint_every == 0
                 if self.stop.requested or (due and record.step < training.steps):
-                    self._save(record.step, optimizer, sparsifier, seconds)
+                    self._save(record.step, optimizer, course, seconds)
                 if self.stop.requested:
                     raise self._stopped(record.step)
         finally:
             self.progress.end_steps()
         return self.seconds_before + time.monotonic() - began
 
-    def _take_masks(self, optimizer: HAM, sparsifier: Sparsifier, step: int) -> None:
-        masks = sparsifier.masks_due(step)
-        if masks is not None:
-            optimizer.set_masks(dict(zip(self.targets.params, masks, strict=True)))
+    def _begin(self, hooks: Hooks, optimizer: HAM, course: Course) -> None:
+        """Masks that hold before the first step; a first-order score needs gradients for them."""
+        training = self.recipe.training
+        if self.recipe.sparsity.score == "first-order":
+            find_gradients(
+                self.model,
+                hooks,
+                accelerator=self.accelerator,
+                accumulation=training.accumulation,
+                seed=training.seed,
+            )
+            if not any(bool(one.grad.any()) for one in course.params if one.grad is not None):
+                raise RecipeError(
+                    "E228",
+                    "no gradient to score by",
+                    "sparsity.score",
+                    "the dense model is its own teacher, and there is no other loss",
+                    "data with labels and objective.task above 0, or another score",
+                )
+        optimizer.set_masks(course.after_step(0))
+        optimizer.zero_grad()
+
+    def _balanced_pairs(self, course: Course) -> list[tuple[Tensor, Tensor]]:
+        if self.recipe.optimizer.bar == 0:
+            return []
+        pairs = [*course.pairs, *adapter_pairs(self.model)]
+        if not pairs:
+            raise RecipeError(
+                "E226",
+                "nothing to balance",
+                "optimizer.bar",
+                "the method trains no factors and the model has no LoRA adapters",
+                "method spred, pilot or sign-in, or optimizer.bar 0",
+            )
+        return pairs
 
     def _preflight(self) -> None:
         weights = sum(param.numel() for param in self.model.parameters()) * 4
-        self.run.check_space(checkpoint_bytes=3 * weights, model_bytes=weights)
+        more = COPIES.get(self.recipe.sparsity.method, 0) * self.targets.total * 4
+        self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=weights)
 
-    def _save(self, step: int, optimizer: HAM, sparsifier: Sparsifier, seconds: float) -> None:
+    def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
         state = optimizer.state_dict()
         tensors = {
             f"{index}.{key}": value
@@ -261,7 +338,7 @@ class Sparsification:
             {
                 "model": _own_tensors(self.model),
                 "optimizer": tensors,
-                "sparsifier": sparsifier.state(),
+                "sparsifier": course.state(),
             },
             {
                 "groups": state["param_groups"],
@@ -270,7 +347,7 @@ class Sparsification:
             },
         )
 
-    def _resume(self, optimizer: HAM, sparsifier: Sparsifier) -> int:
+    def _resume(self, optimizer: HAM, course: Course) -> int:
         if not self.run.resume:
             return 0
         found, notes = self.run.newest_valid(RUN_PARTS)
@@ -278,11 +355,11 @@ class Sparsification:
         for note in notes:
             self.warnings.append(note)
             self.progress.warn(note)
-        self._restore(found, optimizer, sparsifier)
+        self._restore(found, optimizer, course)
         self.progress.note(f"going on from step {found.step}")
         return found.step
 
-    def _restore(self, found: Checkpoint, optimizer: HAM, sparsifier: Sparsifier) -> None:
+    def _restore(self, found: Checkpoint, optimizer: HAM, course: Course) -> None:
         own = _own_tensors(self.model)
         saved = found.tensors("model", set(own))
         with torch.no_grad():
@@ -293,7 +370,7 @@ class Sparsification:
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
-        sparsifier.load_state(found.tensors("sparsifier"))
+        course.load_state(found.tensors("sparsifier"))
         self.records = [StepRecord(**record) for record in found.values["records"]]
         self.seconds_before = float(found.values["seconds"])
 
@@ -313,8 +390,10 @@ class Sparsification:
     # ---- the end ----
 
     def _threshold(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> float | None:
-        """Largest dense magnitude among the dropped weights of a one-shot run; else unknown."""
-        if self.recipe.sparsity.method != "one-shot" or sparsifier.masks is None:
+        """Largest dense magnitude among what one shot by magnitude dropped; else unknown."""
+        section = self.recipe.sparsity
+        is_cut = section.method == "one-shot" and section.score == "magnitude"
+        if not is_cut or sparsifier.masks is None:
             return None
         dropped = [
             float(weights.abs()[~mask.cpu()].max())
@@ -325,6 +404,8 @@ class Sparsification:
 
     def _write(
         self,
+        folder: Path,
+        target: float,
         objective: Objective,
         optimizer: HAM,
         sparsifier: Sparsifier,
@@ -333,18 +414,16 @@ class Sparsification:
         one_shot: Quality | None,
         dense_weights: Sequence[Tensor],
         seconds: float,
-        threshold: float | None,
     ) -> Report:
+        """Write the model into a staging folder, recount and measure it there."""
         section = self.recipe.sparsity
+        threshold = self._threshold(dense_weights, sparsifier)
         self.progress.stage("writing and recounting")
-        if sparsifier.masks is not None:
-            apply_masks_(self.targets, sparsifier.masks)
-        self.model.eval()
-        written = write_folder(self.opened, self.model, self.run)
+        written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
         sparsity = outcome.sparsity_record(
             tensors,
-            section.target,
+            target,
             num_parameters=sum(param.numel() for param in self.model.parameters()),
             threshold=threshold,
             natural_zeros=sparsifier.natural_zeros,
@@ -358,7 +437,7 @@ class Sparsification:
         sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
         quality = outcome.quality_record(dense, sparse, one_shot, self.data)
         self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
-        report = Report(
+        return Report(
             ham_version=__version__,
             model=outcome.model_record(self.opened),
             recipe=public_recipe(self.recipe),
@@ -379,7 +458,6 @@ class Sparsification:
             histogram=outcome.histogram(dense_weights, self.targets.params),
             warnings=tuple(self.warnings),
         )
-        return finish_folder(report, written.stage, self.run, self.progress)
 
     def _warn_of(self, tensors: Any, natural_zeros: int, sparsifier: Sparsifier) -> None:
         empty = [one.name for one in tensors if one.zeros == one.total]

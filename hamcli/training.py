@@ -5,7 +5,9 @@ seed), so a run that is stopped after any step and goes on from its weights and 
 run bit for bit. accelerate brings precision, devices and processes.
 """
 
+import itertools
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 
 from hamcli.errors import Diverged
 from hamcli.progress import StepRecord
+from hamcli.sharpness import uphill
 
 Batch = dict[str, Tensor]
 
@@ -46,7 +49,12 @@ class Hooks:
         lr_at: Optimizer step (from 1) to the learning rate of that step.
         measures: Whether the optimizer measures its mirror step on this step.
         exponents: The last measurement.
-        after_step: Called when the optimizer's step is done; returns the sparsity that now holds.
+        after_step: Called when the optimizer's step is done and its gradients are still there;
+            returns the sparsity that now holds.
+        before_step: Called before the forward pass of a step.
+        after_backward: Called after the last backward pass of a step, before clipping.
+        sharpness: Radius rho of the ascent of sharpness-aware minimisation; 0 for none.
+        zeros: Weights that the ascent leaves at zero where they are zero.
     """
 
     batch_at: Callable[[int], Batch]
@@ -55,6 +63,10 @@ class Hooks:
     measures: Callable[[int], bool]
     exponents: Callable[[], Exponents | None]
     after_step: Callable[[int], float]
+    before_step: Callable[[int], None] = lambda step: None
+    after_backward: Callable[[int], None] = lambda step: None
+    sharpness: float = 0.0
+    zeros: Sequence[Tensor] = ()
 
 
 def make_accelerator(device: str, precision: str) -> Any:
@@ -107,6 +119,26 @@ def warm_up_and_decay(
     return lr_at
 
 
+def in_cycles(
+    make: Callable[[int], Callable[[int], float]], steps: int, starts: Sequence[int]
+) -> Callable[[int], float]:
+    """Learning rate of each optimizer step, counted from 1, with a schedule that begins anew.
+
+    Args:
+        make: Length of a cycle to its learning rates.
+        steps: Length of the run.
+        starts: Steps after which a new cycle begins, increasing, between 0 and `steps`.
+    """
+    bounds = [0, *starts, steps]
+    rates = [make(end - start) for start, end in itertools.pairwise(bounds)]
+
+    def lr_at(step: int) -> float:
+        index = bisect_left(bounds, step) - 1
+        return rates[index](step - bounds[index])
+
+    return lr_at
+
+
 def train(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -121,8 +153,9 @@ def train(
 ) -> Iterator[StepRecord]:
     """Train from `first_step` to `last_step`, counted from 1, and yield a record after each.
 
-    Order in a step: forward and backward of each micro-step, clip, check that the norm is finite,
-    optimizer step (base, mirror, mask), `after_step`. What the caller does between two records
+    Order in a step: `before_step`, forward and backward of each micro-step (twice with sharpness),
+    `after_backward`, clip, check that the norm is finite, optimizer step (base, mirror, mask),
+    `after_step`, gradients cleared. What the caller does between two records
     happens between two whole steps.
 
     Raises:
@@ -136,23 +169,39 @@ def train(
         lr = hooks.lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
+        hooks.before_step(step)
         loss = _accumulate(wrapped, hooks, step, accelerator, accumulation, seed)
+        if hooks.sharpness > 0:
+            with uphill(model, hooks.sharpness, hooks.zeros):
+                _accumulate(wrapped, hooks, step, accelerator, accumulation, seed)
+        hooks.after_backward(step)
         norm = accelerator.clip_grad_norm_(params, max_grad_norm if max_grad_norm > 0 else math.inf)
         may_skip = getattr(accelerator, "scaler", None) is not None
         _refuse_divergence(step, loss, float(norm), model, may_skip=may_skip)
         stepper.step()
-        stepper.zero_grad()
         measured = hooks.exponents() if hooks.measures(step) else None
+        sparsity = hooks.after_step(step)
+        stepper.zero_grad()
         yield StepRecord(
             step=step,
             loss=loss,
-            sparsity=hooks.after_step(step),
+            sparsity=sparsity,
             lr=lr,
             grad_norm=float(norm),
             exponent_mean=measured.mean if measured else None,
             exponent_max=measured.max if measured else None,
             moved_fraction=measured.moved_fraction if measured else None,
         )
+
+
+def find_gradients(
+    model: nn.Module, hooks: Hooks, *, accelerator: Any, accumulation: int, seed: int
+) -> None:
+    """Gradients of the first step's batches, for masks that are chosen before the first step."""
+    model.train()
+    hooks.before_step(1)
+    _accumulate(accelerator.prepare(model), hooks, 1, accelerator, accumulation, seed)
+    hooks.after_backward(1)
 
 
 def _accumulate(

@@ -201,7 +201,7 @@ def _fault(detail: ErrorDetails, places: Mapping[KeyPath, str]) -> RecipeError:
     where = _where(path, places)
     if kind == "extra_forbidden":
         return RecipeError("E206", "unknown key", where, "", _near_key(path))
-    if kind in {"ramp", "clamps", "pattern"}:
+    if kind in {"ramp", "clamps", "pattern", "levels", "score", "precision"}:
         return RecipeError("E209", "values do not fit together", where, detail["msg"])
     if kind in _RANGES:
         return RecipeError(

@@ -24,7 +24,12 @@ Count = Annotated[int, Field(ge=1)]
 Floats = Annotated[tuple[float, ...], Field(strict=False, min_length=1, max_length=16)]
 Globs = Annotated[tuple[str, ...], Field(strict=False)]
 
-PATTERN_REGEX = r"^(unstructured|[1-9][0-9]?:[1-9][0-9]?)$"
+PATTERN_REGEX = r"^(unstructured|[1-9][0-9]?:[1-9][0-9]?|block:[1-9][0-9]{0,3}x[1-9][0-9]{0,3})$"
+Method = Literal[
+    "gradual", "one-shot", "random", "ac-dc", "rigl", "cyclic", "str", "spred", "pilot", "sign-in",
+    "ast", "wanda", "sparsegpt",
+]  # fmt: skip
+WITHOUT_TRAINING = ("wanda", "sparsegpt")
 
 
 class Section(BaseModel):
@@ -130,6 +135,8 @@ class OptimizerSection(Section):
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="to zero")
     warmup: float = Field(0.05, ge=0.0, lt=1.0, description="share of the run, from zero up")
     max_grad_norm: NonNegative = Field(1.0, description="clip before the base step; 0 = off")
+    sam: NonNegative = Field(0.0, description="radius of SAM's ascent, as 0.05; 0 = off")
+    bar: NonNegative = Field(0.0, description="BAR of factor pairs: growth over lr; 0 = off")
     ham: Ham = Field(default_factory=lambda: Ham())
 
 
@@ -137,9 +144,19 @@ class SparsitySection(Section):
     """How many weights, when, and in which shape."""
 
     target: Fraction = Field(0.9, description="share of the targets that becomes zero")
-    method: Literal["gradual", "one-shot"] = "gradual"
-    allocation: Literal["global", "uniform", "erk"] = "global"
-    pattern: str = Field("unstructured", pattern=PATTERN_REGEX, description="or N:M, as 2:4")
+    levels: Annotated[tuple[Fraction, ...], Field(strict=False, min_length=2)] | None = Field(
+        None, description="of ast: sparsities of one run, rising to target; a result each"
+    )
+    method: Method = Field("gradual", description="wanda and sparsegpt: of ham prune only")
+    score: Literal["magnitude", "first-order", "random", "wanda"] = Field(
+        "magnitude", description="what makes a weight important"
+    )
+    allocation: Literal["auto", "global", "uniform", "erk", "lamp", "owl"] = Field(
+        "auto", description="who loses how many; auto = erk for random and rigl, else global"
+    )
+    pattern: str = Field(
+        "unstructured", pattern=PATTERN_REGEX, description="or N:M, as 2:4, or block:RxC"
+    )
     ramp_start: float = Field(0.0, ge=0.0, lt=1.0, description="share of the run before zeros")
     freeze_last: float = Field(
         0.3, ge=0.0, lt=1.0, description="share of the run that trains the final zeros only"
@@ -147,6 +164,17 @@ class SparsitySection(Section):
     update_every: float = Field(0.01, gt=0.0, le=1.0, description="share of the run")
     min_sparsity: Fraction = Field(0.0, description="of every single tensor")
     max_sparsity: Fraction = Field(1.0, description="of every single tensor")
+    phase: float = Field(0.05, gt=0.0, le=0.25, description="of ac-dc: share of the run")
+    drop_fraction: Fraction = Field(0.3, description="of rigl: exchanged at first")
+    cycles: Count = Field(3, description="of cyclic: before the target is pruned")
+    start_sparsity: Fraction = Field(0.5, description="of cyclic: before the target is pruned")
+    regularisation: NonNegative = Field(
+        1e-5, description="of spred and pilot: weight of the sum of squared factors"
+    )
+    rescale_every: float = Field(0.05, gt=0.0, le=1.0, description="of sign-in: share of the run")
+    calibration: Count = Field(
+        128, description="training examples that wanda, sparsegpt and owl look at"
+    )
 
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
@@ -158,7 +186,14 @@ class SparsitySection(Section):
             raise PydanticCustomError(
                 "clamps", "target lies outside min_sparsity and max_sparsity of every tensor"
             )
-        if self.pattern != "unstructured":
+        self._refuse_levels()
+        if self.score == "wanda" and self.method not in ("one-shot", *WITHOUT_TRAINING):
+            raise PydanticCustomError(
+                "score", "score wanda needs a method that prunes once: one-shot"
+            )
+        if self.pattern.startswith("block") and self.pattern == "block:1x1":
+            raise PydanticCustomError("pattern", "block:1x1 is unstructured")
+        if self.pattern != "unstructured" and not self.pattern.startswith("block"):
             kept, group = map(int, self.pattern.split(":"))
             if kept >= group:
                 raise PydanticCustomError(
@@ -172,6 +207,16 @@ class SparsitySection(Section):
                     {"pattern": self.pattern, "fixed": fixed},
                 )
         return self
+
+    def _refuse_levels(self) -> None:
+        if self.levels is None:
+            return
+        if self.method != "ast":
+            raise PydanticCustomError("levels", "several targets from one run: method ast")
+        if list(self.levels) != sorted(set(self.levels)) or self.levels[-1] != self.target:
+            raise PydanticCustomError("levels", "levels must rise to target")
+        if ":" in self.pattern and not self.pattern.startswith("block"):
+            raise PydanticCustomError("levels", "pattern N:M has one sparsity")
 
 
 class TrainingSection(Section):
@@ -225,6 +270,17 @@ class Recipe(Section):
     evaluation: EvaluationSection = Field(default_factory=lambda: EvaluationSection())
     export: ExportSection = Field(default_factory=lambda: ExportSection())
     gate: GateSection = Field(default_factory=lambda: GateSection())
+
+    @model_validator(mode="after")
+    def _holds_together(self) -> Self:
+        by_hand = self.sparsity.method in ("str", "spred", "pilot", "sign-in", "ast")
+        if self.training.precision == "fp16" and (by_hand or self.optimizer.sam > 0):
+            raise PydanticCustomError(
+                "precision",
+                "fp16 scales gradients, which {what} cannot undo: bf16 or fp32",
+                {"what": self.sparsity.method if by_hand else "sam"},
+            )
+        return self
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as YAML or JSON would hold it."""

@@ -99,10 +99,17 @@ def _summary(report: Report) -> str:
 
 def _how(report: Report) -> str:
     if report.training is None:
-        return "pruned by magnitude, without training"
+        method = report.sparsity.method
+        how = method if method in ("wanda", "sparsegpt") else _score(report)
+        return f"pruned by {how}, without training"
     how = "fine-tuned with HAM" if report.training.ham else "fine-tuned"
     is_rising = report.sparsity.method == "gradual" and report.sparsity.target > 0
     return f"{how} while its sparsity rose" if is_rising else how
+
+
+def _score(report: Report) -> str:
+    section = report.recipe.get("sparsity")
+    return str(section.get("score", "magnitude")) if isinstance(section, dict) else "magnitude"
 
 
 def _warnings(report: Report) -> str:

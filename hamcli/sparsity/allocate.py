@@ -4,6 +4,8 @@
     uniform  the same sparsity everywhere
     erk      density in proportion to sum(shape) / product(shape): small tensors stay denser
              (Evci et al., arXiv 1911.11134)
+    lamp     global, by scores that compare across tensors (Lee et al., arXiv 2010.07611)
+    owl      layers with more outliers stay denser (Yin et al., arXiv 2310.05175)
 
 Every allocation sums to the number asked for, exactly, and keeps each tensor between its bounds.
 """
@@ -15,10 +17,13 @@ from fractions import Fraction
 from torch import Tensor
 
 from hamcli.errors import RecipeError
-from hamcli.sparsity.score import Scores
+from hamcli.sparsity.score import Scores, layer_adaptive
 from hamcli.sparsity.select import exact, global_counts
 
 Shape = Sequence[int]
+
+OWL_RANGE = 0.08  # greatest distance of a layer's density from the mean; arXiv 2310.05175
+PARTS = 10**9  # densities as integers, to share out exactly
 
 
 def allocate(
@@ -31,6 +36,7 @@ def allocate(
     max_sparsity: float | Fraction = 1.0,
     already: Sequence[int] | None = None,
     stacked: Sequence[bool] | None = None,
+    outliers: Sequence[float] | None = None,
 ) -> list[int]:
     """Zeros of each tensor; they sum to `num_zeros`.
 
@@ -41,12 +47,13 @@ def allocate(
     Args:
         shapes: One shape a tensor.
         num_zeros: At least the sum of `already`, at most the number of all weights.
-        allocation: global, uniform or erk.
-        scores: One tensor a shape; needed by global.
+        allocation: global, uniform, erk, lamp or owl.
+        scores: One tensor a shape; needed by global and lamp.
         min_sparsity: Lowest sparsity of each tensor.
         max_sparsity: Highest sparsity of each tensor.
         already: Weights of each tensor that are zero and stay zero.
         stacked: Whether the first axis of a shape counts matrices (fused experts); matters to erk.
+        outliers: Share of outliers of each tensor's layer; needed by owl.
 
     Raises:
         RecipeError: E221, the bounds leave no room for `num_zeros`.
@@ -58,8 +65,13 @@ def allocate(
         return share_out(num_zeros, sizes, lower, upper)
     if allocation == "erk":
         return _erk(shapes, num_zeros, lower, upper, stacked or [False] * len(shapes))
-    assert allocation == "global", allocation
+    if allocation == "owl":
+        assert outliers is not None, "owl is made by outliers"
+        return _owl(sizes, num_zeros, lower, upper, outliers)
+    assert allocation in ("global", "lamp"), allocation
     assert scores is not None, "a global allocation is made by scores"
+    if allocation == "lamp":
+        scores = [layer_adaptive(score) for score in scores]
     return _global(scores, num_zeros, lower, upper)
 
 
@@ -124,6 +136,28 @@ def _erk(
     least = [size - high for size, high in zip(sizes, upper, strict=True)]
     kept = share_out(sum(sizes) - num_zeros, weights, least, most)
     return [size - count for size, count in zip(sizes, kept, strict=True)]
+
+
+def _owl(
+    sizes: Sequence[int],
+    num_zeros: int,
+    lower: Sequence[int],
+    upper: Sequence[int],
+    outliers: Sequence[float],
+) -> list[int]:
+    """Densities around the mean one, at most `OWL_RANGE` apart from end to end on either side."""
+    span = max(outliers) - min(outliers)
+    scaled = [(one - min(outliers)) / span * 2 * OWL_RANGE if span else 0.0 for one in outliers]
+    mean = sum(map(math.prod, zip(scaled, sizes, strict=True))) / sum(sizes)
+    density = 1 - num_zeros / sum(sizes)
+    kept = [
+        max(round((density + one - mean) * PARTS), 1) * size
+        for one, size in zip(scaled, sizes, strict=True)
+    ]
+    most = [size - low for size, low in zip(sizes, lower, strict=True)]
+    least = [size - high for size, high in zip(sizes, upper, strict=True)]
+    counts = share_out(sum(sizes) - num_zeros, kept, least, most)
+    return [size - count for size, count in zip(sizes, counts, strict=True)]
 
 
 def _global(

@@ -1,5 +1,6 @@
 """One target → masks over all targets: allocation, pattern and selection put together."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hamcli.errors import RecipeError
+from hamcli.sparsity import blocks
 from hamcli.sparsity.allocate import allocate
 from hamcli.sparsity.globs import covering_globs
 from hamcli.sparsity.score import Score, Scores, magnitude
@@ -25,10 +27,12 @@ class Rules:
     Attributes:
         target: Sparsity at the end, 0 to 1.
         total: Number of prunable weights.
-        allocation: global, uniform or erk.
-        kept_of: (n, m) of an N:M pattern, None when unstructured.
+        allocation: global, uniform, erk, lamp or owl.
+        kept_of: (n, m) of an N:M pattern, else None.
+        block: (r, c) of a block pattern, else None.
         min_sparsity: Lowest sparsity of each tensor at the end.
         max_sparsity: Highest sparsity of each tensor.
+        outliers: Share of outliers of each target's layer; only for owl.
     """
 
     target: float
@@ -37,10 +41,15 @@ class Rules:
     kept_of: tuple[int, int] | None
     min_sparsity: float
     max_sparsity: float
+    block: tuple[int, int] | None = None
+    outliers: tuple[float, ...] | None = None
 
     @property
     def num_zeros(self) -> int:
-        """Zeros that the target asks for."""
+        """Zeros that the target asks for; of blocks, of the nearest number of whole ones."""
+        if self.block is not None:
+            size = math.prod(self.block)
+            return num_zeros(self.target, self.total // size) * size
         if self.kept_of is None:
             return num_zeros(self.target, self.total)
         n, m = self.kept_of
@@ -55,27 +64,48 @@ def make_rules(
     pattern: str = "unstructured",
     min_sparsity: float = 0.0,
     max_sparsity: float = 1.0,
+    outliers: Sequence[float] | None = None,
 ) -> Rules:
     """Check that the recipe's words fit each other and the targets.
 
     Args:
         targets: What may become zero.
         target: Sparsity at the end, 0 to 1; of N:M, 1 - N/M.
-        allocation: global, uniform or erk; N:M is uniform whatever global or uniform says.
-        pattern: unstructured or N:M.
+        allocation: global, uniform, erk, lamp or owl; N:M is uniform whatever global or uniform
+            says.
+        pattern: unstructured, N:M or block:RxC.
         min_sparsity: Lowest sparsity of each tensor.
         max_sparsity: Highest sparsity of each tensor.
+        outliers: Share of outliers of each target's layer; needed by owl where masks are chosen.
 
     Raises:
         RecipeError: E221, the bounds exclude the target. E222, the pattern makes no sense. E223,
-            the target is not the pattern's. E224, a tensor cannot be cut into groups of M. E225,
-            the allocation does not go with the pattern.
+            the target is not the pattern's. E224, a tensor cannot be cut into groups of M or whole
+            blocks. E225, the allocation does not go with the pattern.
     """
-    kept_of = parse_pattern(pattern)
+    block = parse_block(pattern)
+    kept_of = parse_pattern(pattern) if block is None else None
     if kept_of is not None:
         _refuse_misfit(targets, target, allocation, pattern, kept_of)
+    if block is not None:
+        _refuse_uneven(
+            targets, pattern, [one.name for one in targets if not blocks.fits(one, block)]
+        )
     _refuse_bounds(target, min_sparsity, max_sparsity)
-    return Rules(target, targets.total, allocation, kept_of, min_sparsity, max_sparsity)
+    known = None if outliers is None else tuple(outliers)
+    return Rules(
+        target, targets.total, allocation, kept_of, min_sparsity, max_sparsity, block, known
+    )
+
+
+def parse_block(pattern: str) -> tuple[int, int] | None:
+    """(r, c) of "block:RxC", None of any other pattern."""
+    word, _, size = pattern.partition(":")
+    rows, _, columns = size.partition("x")
+    if word != "block" or not (rows.isdecimal() and columns.isdecimal()):
+        return None
+    block = int(rows), int(columns)
+    return block if min(block) > 0 and math.prod(block) > 1 else None
 
 
 def parse_pattern(pattern: str) -> tuple[int, int] | None:
@@ -94,7 +124,7 @@ def parse_pattern(pattern: str) -> tuple[int, int] | None:
         "unknown pattern",
         "sparsity.pattern",
         f'"{pattern}"',
-        "unstructured, or N:M which keeps N of each M weights, 0 < N < M, as 2:4",
+        "unstructured, N:M which keeps N of each M weights, 0 < N < M, as 2:4, or block:RxC",
     )
 
 
@@ -118,18 +148,37 @@ def choose_masks(
         masks: What they drop stays dropped.
         score: Weights → scores of 0 or more, the larger is kept.
     """
+    if rules.block is not None:
+        return _block_masks(targets, rules, rules.block, num_zeros, masks, score)
     scores = Scores(targets.params, score, masks)
     already = _counts_dropped(masks) if masks is not None else [0] * len(targets)
     if rules.kept_of is not None:
         return _n_m_masks(targets, rules.kept_of, max(num_zeros, sum(already)), scores)
     if masks is not None and num_zeros <= sum(already):
         return list(masks)
-    # the bound from below grows with the zeros, or a ramp could not start
     share = Fraction(num_zeros, max(rules.num_zeros, num_zeros, 1))
+    shapes = [target.param.shape for target in targets]
+    return _chosen(targets, rules, shapes, num_zeros, scores, already, share)
+
+
+def _chosen(
+    targets: Targets,
+    rules: Rules,
+    shapes: Sequence[Sequence[int]],
+    num_zeros: int,
+    scores: Sequence[Tensor],
+    already: Sequence[int],
+    share: Fraction,
+) -> list[Tensor]:
+    """Allocation and selection, of weights or of blocks.
+
+    `share` is that of the final zeros now due: the bound from below grows with it, or a ramp could
+    not start.
+    """
     if rules.allocation == "global" and rules.min_sparsity == 0.0 and rules.max_sparsity == 1.0:
         return global_masks(scores, num_zeros)
     counts = allocate(
-        [target.param.shape for target in targets],
+        shapes,
         num_zeros,
         rules.allocation,
         scores=scores,
@@ -137,8 +186,34 @@ def choose_masks(
         max_sparsity=rules.max_sparsity,
         already=already,
         stacked=[target.is_stacked for target in targets],
+        outliers=rules.outliers,
     )
     return exact_masks(scores, counts)
+
+
+def _block_masks(
+    targets: Targets,
+    rules: Rules,
+    block: tuple[int, int],
+    num_zeros: int,
+    masks: Sequence[Tensor] | None,
+    score: Score,
+) -> list[Tensor]:
+    """As `choose_masks`, for the nearest number of whole blocks; whole ones dropped stay so."""
+    size = math.prod(block)
+    sums = blocks.sums_of(Scores(targets.params, score), targets.items, block)
+    keeps = None
+    if masks is not None:
+        keeps = [
+            blocks.block_any(mask, target, block)
+            for mask, target in zip(masks, targets, strict=True)
+        ]
+    already = _counts_dropped(keeps) if keeps is not None else [0] * len(sums)
+    due = max(round(Fraction(num_zeros, size)), sum(already))
+    scores = Scores(sums, lambda one: one, keeps)
+    share = Fraction(due, max(rules.num_zeros // size, due, 1))
+    chosen = _chosen(targets, rules, [one.shape for one in sums], due, scores, already, share)
+    return blocks.spread_all(chosen, targets.items, block)
 
 
 def prune_masks(
@@ -149,16 +224,20 @@ def prune_masks(
     pattern: str = "unstructured",
     min_sparsity: float = 0.0,
     max_sparsity: float = 1.0,
+    outliers: Sequence[float] | None = None,
+    score: Score = magnitude,
 ) -> list[Tensor]:
-    """Masks for pruning once, by magnitude; weights that are zero already count and stay zero.
+    """Masks for pruning once; weights that are zero already count and stay zero.
 
     Args:
         targets: What may become zero.
         target: Sparsity, 0 to 1.
-        allocation: global, uniform or erk.
-        pattern: unstructured or N:M.
+        allocation: As for `make_rules`.
+        pattern: unstructured, N:M or block:RxC.
         min_sparsity: Lowest sparsity of each tensor.
         max_sparsity: Highest sparsity of each tensor.
+        outliers: As for `make_rules`.
+        score: Weights → scores of 0 or more, the larger is kept.
 
     Raises:
         RecipeError: As `make_rules`.
@@ -170,9 +249,11 @@ def prune_masks(
         pattern=pattern,
         min_sparsity=min_sparsity,
         max_sparsity=max_sparsity,
+        outliers=outliers,
     )
     nonzero = nonzero_masks(targets)
-    return choose_masks(targets, rules, zeros_at_end(targets, rules, nonzero), masks=nonzero)
+    due = zeros_at_end(targets, rules, nonzero)
+    return choose_masks(targets, rules, due, masks=nonzero, score=score)
 
 
 @torch.no_grad()
@@ -197,8 +278,16 @@ def num_dropped(masks: Sequence[Tensor]) -> int:
 def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int:
     """Zeros that the final masks will have, given that what `masks` drop stays dropped.
 
-    More than `rules.num_zeros` only if the masks drop more already, under N:M in some group.
+    More than `rules.num_zeros` only if the masks drop more already, under N:M in some group, of
+    blocks whole ones: zeros inside a block that is kept are not the masks'.
     """
+    if rules.block is not None:
+        size = math.prod(rules.block)
+        num_blocks = sum(
+            int((~blocks.block_any(mask, target, rules.block)).sum())
+            for mask, target in zip(masks, targets, strict=True)
+        )
+        return max(rules.num_zeros, num_blocks * size)
     if rules.kept_of is None:
         return max(rules.num_zeros, num_dropped(masks))
     n, m = rules.kept_of
@@ -240,7 +329,7 @@ def _refuse_misfit(
             f"{pattern} zeroes {m - n} of each {m} weights, not {target:g} of them",
             f"{(m - n) / m:.6g}, or another pattern",
         )
-    if allocation == "erk":
+    if allocation not in ("global", "uniform"):
         raise RecipeError(
             "E225",
             "the allocation does not go with the pattern",
@@ -249,16 +338,26 @@ def _refuse_misfit(
             "global or uniform",
         )
     uneven = [item.name for item in targets if item.param.shape[item.input_dim] % m]
+    _refuse_uneven(targets, pattern, uneven)
+
+
+def _refuse_uneven(targets: Targets, pattern: str, uneven: Sequence[str]) -> None:
     if uneven:
         even = [item.name for item in targets if item.name not in uneven]
         globs = covering_globs(uneven, even)
         shown = ", ".join(globs[:NAMES_SHOWN])
         more = f" and {len(globs) - NAMES_SHOWN} more" if len(globs) > NAMES_SHOWN else ""
+        _, _, size = pattern.partition(":")
+        why = (
+            f"the shape is no multiple of {size}"
+            if pattern.startswith("block")
+            else f"the number of inputs is no multiple of {size}"
+        )
         raise RecipeError(
             "E224",
             "the pattern does not fit",
             "sparsity.pattern",
-            f"{pattern}: the number of inputs is no multiple of {m}: {shown}{more}",
+            f"{pattern}: {why}: {shown}{more}",
             "exclude them",
             [f"--set 'targets.exclude=[{', '.join([*targets.exclude, *globs])}]'"],
         )

@@ -1,5 +1,6 @@
 """When: optimizer step → sparsity, purely, so that a resumed run cannot drift."""
 
+from bisect import bisect_right
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -88,6 +89,110 @@ class AtOnce:
     def last(self) -> int:
         """Step 0."""
         return 0
+
+
+@dataclass(frozen=True, slots=True)
+class Alternating:
+    """Dense and sparse phases in turn: AC/DC (arXiv 2106.12379).
+
+    Attributes:
+        target: Sparsity of the sparse phases, 0 to 1.
+        switches: Steps after which a phase ends, increasing; the first phase is dense, the one
+            after the last switch sparse, so that their number is odd.
+    """
+
+    target: float
+    switches: tuple[int, ...]
+
+    def sparsity(self, step: int, start: float) -> float:
+        """0 in a dense phase, `target` in a sparse one; what the model had does not matter."""
+        return self.target if bisect_right(self.switches, step) % 2 else 0.0
+
+    def is_due(self, step: int) -> bool:
+        """Where one phase gives way to the next."""
+        return step in self.switches
+
+    @property
+    def last(self) -> int:
+        """Start of the last sparse phase."""
+        return self.switches[-1]
+
+
+@dataclass(frozen=True, slots=True)
+class Exchanging:
+    """The target from step 0 on, with connections exchanged every few steps: RigL.
+
+    Attributes:
+        target: Sparsity, 0 to 1.
+        every: Steps between two exchanges.
+        last: Last step at which an exchange may happen.
+    """
+
+    target: float
+    every: int
+    last: int
+
+    def sparsity(self, step: int, start: float) -> float:
+        """The target."""
+        return self.target
+
+    def is_due(self, step: int) -> bool:
+        """At step 0, and every few steps as long as exchanges happen."""
+        return step <= self.last and step % self.every == 0
+
+
+@dataclass(frozen=True, slots=True)
+class Stairs:
+    """One sparsity from step 0 on, the target from `last` on.
+
+    Attributes:
+        target: Sparsity at the end, 0 to 1.
+        first_sparsity: Sparsity before, at most the target.
+        last: Step that reaches the target.
+    """
+
+    target: float
+    first_sparsity: float
+    last: int
+
+    def sparsity(self, step: int, start: float) -> float:
+        """One of the two, or what the model had if that is more."""
+        return max(self.target if step >= self.last else self.first_sparsity, start)
+
+    def is_due(self, step: int) -> bool:
+        """At step 0 and at `last`."""
+        return step in (0, self.last)
+
+
+def make_alternating(target: float, *, steps: int, phase: float, freeze_last: float) -> Alternating:
+    """AC/DC's phases: dense, then sparse and dense in turn, a longer dense one, a last sparse one.
+
+    The dense warm-up and the last dense phase take two phases each, so that `phase` 0.05 and
+    `freeze_last` 0.15 are the published proportions. In a run too short for them, phases that
+    round to no step fall away; the last one is always sparse.
+
+    Args:
+        target: Sparsity of the sparse phases, 0 to 1.
+        steps: Optimizer steps of the run.
+        phase: Share of the run of one phase.
+        freeze_last: Share of the run of the last sparse phase.
+    """
+    last = max(0, steps - round(freeze_last * steps))
+    places = [2 * phase]
+    while places[-1] + phase <= 1 - freeze_last - 2 * phase + 1e-9:
+        places.append(places[-1] + phase)
+    if len(places) % 2:
+        places = places[:-1]  # what is switched on must be off again for the last dense phase
+    switches: list[int] = []
+    for place in (round(place * steps) for place in places):
+        # two switches on one step cancel
+        if switches and switches[-1] == place:
+            switches.pop()
+        elif 0 < place < last:
+            switches.append(place)
+    if len(switches) % 2:
+        switches.pop()
+    return Alternating(target, (*switches, last))
 
 
 def make_ramp(

@@ -21,6 +21,62 @@ def magnitude(param: Tensor) -> Tensor:
     return param.detach().abs()
 
 
+@torch.no_grad()
+def first_order(param: Tensor) -> Tensor:
+    """|w * g|, the first-order change of the loss when w goes (Molchanov et al., arXiv 1611.06440).
+
+    The gradient is the one that `param.grad` holds: of the step just done.
+    """
+    assert param.grad is not None, "a first-order score needs a gradient"
+    return (param.detach() * param.grad).abs().nan_to_num()
+
+
+def make_random(params: Sequence[Tensor], seed: int) -> Score:
+    """Uniform in [0, 1), fp32: the same for a tensor at each asking, made of seed and place."""
+    places = {id(param): place for place, param in enumerate(params)}
+
+    def random(param: Tensor) -> Tensor:
+        generator = torch.Generator().manual_seed((seed << 20) + places[id(param)])
+        return torch.rand(param.shape, generator=generator).to(param.device)
+
+    return random
+
+
+def make_activation(params: Sequence[Tensor], norms: Sequence[Tensor]) -> Score:
+    """|w| * ||x||: Wanda (arXiv 2306.11695).
+
+    Args:
+        params: The weights.
+        norms: L2 norm of the input that each weight meets; one tensor for each of `params`, that
+            broadcasts to its shape.
+    """
+    of = {id(param): norm for param, norm in zip(params, norms, strict=True)}
+
+    @torch.no_grad()
+    def activation(param: Tensor) -> Tensor:
+        return param.detach().float().abs() * of[id(param)].to(param.device, torch.float32)
+
+    return activation
+
+
+@torch.no_grad()
+def layer_adaptive(score: Tensor) -> Tensor:
+    """LAMP: s^2 over the sum of the s^2 that are not smaller (arXiv 2010.07611), fp32.
+
+    The order within a tensor stays; across tensors the scores compare, and the greatest of each is
+    1, so that a common threshold empties no tensor before all others. Negative scores, which mark
+    what is dropped already, stay below all.
+    """
+    flat = score.detach().reshape(-1)
+    order = flat.argsort(stable=True)
+    squares = flat[order].clamp(min=0).double().square()
+    # the sum from the greatest down; what is equal counts by position
+    left = squares.flip(0).cumsum(0).flip(0)
+    made = torch.where(left > 0, squares / left, 0.0).float()
+    made[flat[order] < 0] = BELOW_ALL
+    return torch.empty_like(made).scatter_(0, order, made).view(score.shape)
+
+
 @dataclass(frozen=True, slots=True)
 class Scores(Sequence[Tensor]):
     """Scores made when asked for, one tensor at a time, so that they never stand in memory at once.
