@@ -11,10 +11,12 @@ __version__ = "0.1.0"
 _HOMES = {
     "HAM": "hamcli.optim",
     "ham_step_": "hamcli.optim",
+    "HAMFactory": "hamcli.integration.trainer",
+    "SparsityCallback": "hamcli.integration.trainer",
     "sparsify": "hamcli.pipeline",
 }
 
-__all__ = ["HAM", "__version__", "ham_step_", "sparsify"]
+__all__ = ["HAM", "HAMFactory", "SparsityCallback", "__version__", "ham_step_", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,8 @@
 """Who may import whom, held by reading the source."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import hamcli
@@ -8,6 +10,10 @@ import hamcli
 PACKAGE = Path(hamcli.__file__).parent
 LAZY = {"transformers", "datasets", "accelerate", "triton", "matplotlib", "scipy"}
 TORCHLESS = ("errors.py", "recipe", "progress.py", "cli.py", "console.py", "gate.py", "defaults.py")
+
+
+# modules that nobody imports who lacks the library
+HOMES = {"optim/gpu.py": {"triton"}, "integration/trainer.py": {"transformers"}}
 
 
 def modules():
@@ -26,7 +32,13 @@ def imported(nodes):
 def test_heavy_libraries_are_imported_inside_functions():
     for name, tree in modules():
         found = {one.partition(".")[0] for one in imported(tree.body)}
-        assert not found & LAZY - ({"triton"} if name == "optim/gpu.py" else set()), name
+        assert not found & LAZY - HOMES.get(name, set()), name
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import hamcli, sys; print(*({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+    assert found.stdout.split() == []
 
 
 def test_nothing_imports_the_command_line_and_only_it_imports_the_console():
