@@ -223,6 +223,12 @@ def pack_file(source: Path, target: Path, advance: Advance = _no_advance) -> int
         return out.tell()
 
 
+def packed_bytes(path: Path) -> int:
+    """Size of the packed form of a file, dense or packed; nothing is written."""
+    header = read_any_header(path)
+    return header.file_bytes if is_packed_file(header) else packed_size(path)
+
+
 def packed_size(source: Path, advance: Advance = _no_advance) -> int:
     """Size that `pack_file` would give, without writing it."""
     header = read_header(source)
@@ -244,26 +250,34 @@ def restore_file(source: Path, target: Path, advance: Advance = _no_advance) -> 
     header = read_any_header(source)
     if not is_packed_file(header):
         raise InputRefused("E443", "not packed", source, right="a packed file")
-    text = _dense_text(header)
     digest = hashlib.sha256()
-    stored = {tensor.name: tensor for tensor in header.tensors}
-    with open_regular(source) as handle, target.open("xb") as out:
-
-        def put(data: Any) -> None:
-            digest.update(data)
-            out.write(data)
-
-        put(len(text).to_bytes(8, "little") + text)
-        for dense in parse_header(source, text).tensors:
-            info = stored[dense.name]
-            for block in _dense_blocks(handle, source, info):
-                put(block)
-                advance(len(block))
+    with target.open("xb") as out:
+        for block in dense_stream(source):
+            digest.update(block)
+            out.write(block)
+            advance(len(block))
         if digest.hexdigest() != header.metadata.get(DIGEST_KEY):
             _refuse(source, "the dense file it gives has another SHA-256 than the one packed")
         out.flush()
         os.fsync(out.fileno())
         return out.tell()
+
+
+def dense_stream(path: Path) -> Iterator[bytes | memoryview]:
+    """The bytes of the dense form of a file, dense or packed, some megabytes at a time.
+
+    The buffer may be used again for the next ones.
+    """
+    header = read_any_header(path)
+    with open_regular(path) as handle:
+        if not is_packed_file(header):
+            yield from _chunks(handle, path, 0, header.file_bytes, _COPY_BYTES)
+            return
+        text = _dense_text(header)
+        stored = {tensor.name: tensor for tensor in header.tensors}
+        yield len(text).to_bytes(8, "little") + text
+        for dense in parse_header(path, text).tensors:
+            yield from _dense_blocks(handle, path, stored[dense.name])
 
 
 def _dense_blocks(handle: int, path: Path, info: TensorInfo) -> Iterator[memoryview]:

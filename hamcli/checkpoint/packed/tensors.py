@@ -48,7 +48,7 @@ CODES = {
 }
 _DTYPES = {code: name for name, (code, _) in CODES.items()}
 
-_MAGIC = b"HAMT"
+MAGIC = b"HAMT"
 _HEAD = struct.Struct("<4sBBBBI")
 _SIZE = struct.Struct("<Q")
 _ENTRY = struct.Struct("<II")
@@ -103,7 +103,7 @@ def encode_blocks(dtype: str, blocks: Iterator[Bits], split: Split | None = None
 
 def head_of(dtype: str, shape: tuple[int, ...], blocks: list[bytes]) -> bytes:
     """Header and table in front of `blocks`."""
-    head = [_HEAD.pack(_MAGIC, VERSION, CODES[dtype][0], len(shape), 0, BLOCK_ELEMENTS)]
+    head = [_HEAD.pack(MAGIC, VERSION, CODES[dtype][0], len(shape), 0, BLOCK_ELEMENTS)]
     head += [_SIZE.pack(size) for size in shape]
     head += [_ENTRY.pack(len(block), zlib.crc32(block)) for block in blocks]
     raw = b"".join(head)
@@ -127,14 +127,14 @@ def read_head(read: Reader, packed_bytes: int, where: object) -> PackedTensor:
         InputRefused: It is damaged, or of a version that is not known.
     """
     head = read(0, _HEAD.size)
-    if len(head) < _HEAD.size or bytes(head[:4]) != _MAGIC:
+    if len(head) < _HEAD.size or bytes(head[:4]) != MAGIC:
         _refuse(where, "it does not begin like a packed tensor")
     _, version, code, rank, zero, block_elements = _HEAD.unpack(head)
     if version != VERSION:
         raise InputRefused(
             "E441", "packed by another version", where, f"version {version}", f"version {VERSION}"
         )
-    if code not in _DTYPES or rank > RANK_LIMIT or zero or not 0 < block_elements <= BLOCK_LIMIT:
+    if code not in _DTYPES or rank > RANK_LIMIT or zero or not _is_block(block_elements):
         _refuse(where, "its header is not one")
     shape = _shape(read(_HEAD.size, _SIZE.size * rank), rank, where)
     num_blocks = -(-math.prod(shape) // block_elements)
@@ -206,6 +206,11 @@ def decode_payload(
     bits = np.empty(tensor.total, UNSIGNED[tensor.width])
     decode_into(tensor, read, bits, where, merge)
     return tensor, bits
+
+
+def _is_block(elements: int) -> bool:
+    """Whole groups of any N:M pattern, and whole bytes of a bitmap."""
+    return 0 < elements <= BLOCK_LIMIT and elements % 64 == 0
 
 
 def _shape(raw: memoryview, rank: int, where: object) -> tuple[int, ...]:
