@@ -250,7 +250,11 @@ def _show_report(screen: Any, report: Any, folder: Path) -> None:
                 ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
             )
     rows.append(
-        ("size", size(report.size.dense_bytes), f"{size(report.size.gzip_bytes)} after gzip")
+        (
+            "size",
+            size(report.size.dense_bytes),
+            f"{size(report.size.packed_bytes)} packed, {size(report.size.gzip_bytes)} after gzip",
+        )
     )
     screen.result(
         report.to_dict(),

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamcli.native.building import CannotBuild, build
+from hamcli.native.building import CannotBuild, build, is_built
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,11 @@ class Status:
 def operators() -> Any | None:
     """The extension's operators, `torch.ops.ham_native`; None where they cannot be had."""
     return torch.ops.ham_native if prepare().is_available else None
+
+
+def operators_at_hand() -> Any | None:
+    """As `operators`, for work that is not worth a minute of building: None before a build."""
+    return operators() if _settled is not None or is_built() else None
 
 
 def status() -> Status:

@@ -66,6 +66,14 @@ def build(note: Callable[[str], None] | None = None) -> Path:
     return library
 
 
+def is_built() -> bool:
+    """Whether `build` would find the library ready."""
+    try:
+        return (cache_folder() / _key(find_compiler(), compile_flags()) / LIBRARY).exists()
+    except (CannotBuild, OSError):
+        return False
+
+
 def find_compiler() -> str:
     """The C++ compiler: CXX, or the first of the usual names.
 

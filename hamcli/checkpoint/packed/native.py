@@ -98,9 +98,9 @@ def _operators() -> Any:
         or sys.byteorder != "little"
     ):
         return None
-    from hamcli.native import operators
+    from hamcli.native import operators_at_hand
 
-    return operators()
+    return operators_at_hand()
 
 
 def _address(array: Any) -> int:
