@@ -24,6 +24,7 @@ constexpr int64_t TOP_BYTES = 0, TOP_QUADS = 1;
 constexpr int64_t FILLER = 255;
 constexpr uint8_t ESCAPE = 3;
 constexpr int64_t GROUP = 64;      // elements of one word of a bitmap
+constexpr int64_t CHUNK = 1 << 12;   // values that are put together at a time
 constexpr int64_t WINDOW = 1 << 15;  // bytes cleared at a time, just before values are put there
 
 // What merge_planes answers.
@@ -32,6 +33,34 @@ constexpr int64_t FITS = 0, WRONG_MASK = 1, WRONG_ESCAPES = 2, BEYOND = 3;
 template <typename element_t>
 element_t* at(int64_t address) {
   return reinterpret_cast<element_t*>(static_cast<uintptr_t>(address));
+}
+
+// Makes room, and keeps it: a vector that shrinks would be filled with zeros when it grows again.
+template <typename element_t>
+void grow(std::vector<element_t>& room, int64_t size) {
+  if (static_cast<int64_t>(room.size()) < size) {
+    room.resize(size);
+  }
+}
+
+// How many bytes satisfy `is_counted`; sums of bytes are what compilers vectorise best.
+template <typename function_t>
+int64_t count(const uint8_t* bytes, int64_t size, const function_t& is_counted) {
+  int64_t total = 0;
+  for (int64_t begin = 0; begin < size; begin += 128) {
+    uint8_t part = 0;
+    if (begin + 128 <= size) {
+      for (int64_t i = 0; i < 128; ++i) {
+        part += is_counted(bytes[begin + i]);
+      }
+    } else {
+      for (int64_t i = begin; i < size; ++i) {
+        part += is_counted(bytes[i]);
+      }
+    }
+    total += part;
+  }
+  return total;
 }
 
 // Calls f(an unsigned integer of that many bytes).
@@ -167,10 +196,8 @@ void cut(const bits_t* values, int64_t num_values, int byte, uint8_t* plane) {
 
 // Packs the tops in place where two bits are enough for nearly all; the number of escapes, or -1.
 int64_t pack_tops(uint8_t* top, int64_t num_values, uint8_t* escapes) {
-  int64_t num_escapes = 0;
-  for (int64_t i = 0; i < num_values; ++i) {
-    num_escapes += top[i] >= ESCAPE;
-  }
+  const int64_t num_escapes =
+      count(top, num_values, [](uint8_t one) { return one >= ESCAPE; });
   if (num_escapes > num_values / 64) {
     return -1;
   }
@@ -178,15 +205,22 @@ int64_t pack_tops(uint8_t* top, int64_t num_values, uint8_t* escapes) {
     for (int64_t i = 0; i < num_values; ++i) {
       if (top[i] >= ESCAPE) {
         *escapes++ = top[i];
+        top[i] = ESCAPE;
       }
     }
   }
-  for (int64_t i = 0; i < num_values; i += 4) {
+  const int64_t whole = num_values / 4;
+  for (int64_t i = 0; i < whole; ++i) {
+    uint32_t codes;
+    std::memcpy(&codes, top + 4 * i, 4);
+    top[i] = static_cast<uint8_t>(codes | codes >> 6 | codes >> 12 | codes >> 18);
+  }
+  if (4 * whole < num_values) {
     uint8_t quad = 0;
-    for (int64_t j = 0; j < std::min<int64_t>(4, num_values - i); ++j) {
-      quad |= std::min(top[i + j], ESCAPE) << (2 * j);
+    for (int64_t i = 4 * whole; i < num_values; ++i) {
+      quad |= top[i] << (2 * (i % 4));
     }
-    top[i / 4] = quad;
+    top[whole] = quad;
   }
   return num_escapes;
 }
@@ -202,7 +236,7 @@ std::vector<int64_t> split(const bits_t* bits, int64_t size, bool rotated,
   if (num_values == 0) {
     return {MASK_EMPTY, TOP_BYTES, 0, 0, 0, 0, 0};
   }
-  values.resize(num_values);
+  grow(values, num_values);
   gather(bits, words, values.data());
   int64_t mask_coding = MASK_FULL, mask_bytes = 0;
   if (num_values < size) {
@@ -257,63 +291,97 @@ struct Plane {
   int64_t length;
 };
 
-// The tops of all values, a byte each; false where the escapes do not fit.
-bool unpack_tops(Plane quads, Plane escapes, int64_t num_values, std::vector<uint8_t>& top) {
-  top.resize(4 * quads.length);
-  for (int64_t i = 0; i < quads.length; ++i) {
-    std::memcpy(top.data() + 4 * i, &CODES[quads.bytes[i]], 4);
+// The tops of values, from quads and escapes, some thousand at a time.
+class Tops {
+ public:
+  Tops(Plane quads, Plane escapes) : quads_(quads), next_(escapes.bytes) {
+    end_ = next_ + escapes.length;
   }
-  for (int64_t i = num_values; i < 4 * quads.length; ++i) {
-    if (top[i] != 0) {
-      return false;
-    }
-  }
-  int64_t num_escapes = 0;
-  for (int64_t i = 0; i < num_values; ++i) {
-    num_escapes += top[i] == ESCAPE;
-  }
-  if (num_escapes != escapes.length) {
-    return false;
-  }
-  const uint8_t* next = escapes.bytes;
-  for (int64_t i = 0; num_escapes > 0 && i < num_values; ++i) {
-    if (top[i] == ESCAPE) {
-      top[i] = *next++;
-      --num_escapes;
-    }
-  }
-  return true;
-}
 
-// Values of two bytes are most of what there is, and this form is one that compilers vectorise.
-template <typename bits_t>
-void assemble(const uint8_t* top, const std::vector<Plane>& rest, int64_t num_values,
-              bits_t offset, bool rotated, bits_t* values) {
-  constexpr int bits = 8 * sizeof(bits_t);
-  const auto turn = [=](bits_t value) {
-    value = static_cast<bits_t>(value + offset);
-    return rotated ? static_cast<bits_t>((value >> 1) | (value << (bits - 1))) : value;
-  };
-  const uint8_t* low[8] = {};
-  for (size_t i = 0; i < rest.size(); ++i) {
-    low[i] = rest[i].bytes;
-  }
-  for (int64_t i = 0; i < num_values; ++i) {
-    bits_t value = top[i];
-    if constexpr (sizeof(bits_t) >= 2) {
-      for (size_t plane = 0; plane + 1 < sizeof(bits_t); ++plane) {
-        value = static_cast<bits_t>((value << 8) | low[plane][i]);
+  // The `size` tops from `begin`, a multiple of four; null where there are too few escapes.
+  const uint8_t* take(int64_t begin, int64_t size) {
+    const uint8_t* quads = quads_.bytes + begin / 4;
+    for (int64_t i = 0; i < (size + 3) / 4; ++i) {
+      std::memcpy(tops_ + 4 * i, &CODES[quads[i]], 4);
+    }
+    int64_t left = count(tops_, size, [](uint8_t one) { return one == ESCAPE; });
+    if (left > end_ - next_) {
+      return nullptr;
+    }
+    for (int64_t i = 0; left > 0; ++i) {
+      if (tops_[i] == ESCAPE) {
+        tops_[i] = *next_++;
+        --left;
       }
     }
-    values[i] = turn(value);
+    return tops_;
   }
+
+  // Whether all escapes were taken, and nothing stands behind the last of all tops.
+  bool is_done(int64_t num_values) const {
+    const int64_t used = num_values % 4;
+    return next_ == end_ && (used == 0 || quads_.bytes[num_values / 4] >> (2 * used) == 0);
+  }
+
+ private:
+  Plane quads_;
+  const uint8_t* next_;
+  const uint8_t* end_;
+  uint8_t tops_[CHUNK];
+};
+
+template <typename bits_t>
+void assemble(const uint8_t* __restrict top, const Plane* rest, int64_t begin, int64_t size,
+              bits_t offset, bool rotated, bits_t* __restrict values) {
+  constexpr int bits = 8 * sizeof(bits_t);
+  for (int64_t i = 0; i < size; ++i) {
+    values[i] = top[i];
+  }
+  if constexpr (sizeof(bits_t) > 1) {
+    for (size_t plane = 0; plane + 1 < sizeof(bits_t); ++plane) {
+      const uint8_t* __restrict low = rest[plane].bytes + begin;
+      for (int64_t i = 0; i < size; ++i) {
+        values[i] = static_cast<bits_t>((values[i] << 8) | low[i]);
+      }
+    }
+  }
+  if (rotated) {
+    for (int64_t i = 0; i < size; ++i) {
+      const bits_t value = static_cast<bits_t>(values[i] + offset);
+      values[i] = static_cast<bits_t>((value >> 1) | (value << (bits - 1)));
+    }
+  } else {
+    for (int64_t i = 0; i < size; ++i) {
+      values[i] = static_cast<bits_t>(values[i] + offset);
+    }
+  }
+}
+
+// All values in order; false where the escapes do not fit.
+template <typename bits_t>
+bool assemble_all(const std::vector<Plane>& planes, int64_t top_coding, int64_t num_values,
+                  bits_t offset, bool rotated, bits_t* values) {
+  const bool is_quads = top_coding == TOP_QUADS;
+  Tops tops(is_quads ? planes[1] : Plane{nullptr, 0}, planes[2]);
+  for (int64_t begin = 0; begin < num_values; begin += CHUNK) {
+    const int64_t size = std::min(CHUNK, num_values - begin);
+    const uint8_t* top = is_quads ? tops.take(begin, size) : planes[1].bytes + begin;
+    if (top == nullptr) {
+      return false;
+    }
+    assemble(top, planes.data() + 3, begin, size, offset, rotated, values + begin);
+  }
+  return !is_quads || tops.is_done(num_values);
 }
 
 template <typename bits_t>
 int64_t scatter_gaps(Plane gaps, const bits_t* values, int64_t num_values, bits_t* out,
                      int64_t size) {
   constexpr int64_t window = WINDOW / sizeof(bits_t);
-  int64_t position = -1, cleared = 0, used = 0;
+  if (count(gaps.bytes, gaps.length, [](uint8_t one) { return one != FILLER; }) != num_values) {
+    return WRONG_MASK;
+  }
+  int64_t position = -1, cleared = 0;
   const auto clear_to = [&](int64_t end) {
     while (cleared < end) {
       const int64_t count = std::min(window, size - cleared);
@@ -328,19 +396,16 @@ int64_t scatter_gaps(Plane gaps, const bits_t* values, int64_t num_values, bits_
       continue;
     }
     position += gap + 1;
-    if (position >= size) {
-      return BEYOND;
-    }
-    if (used == num_values) {
-      return WRONG_MASK;
-    }
     if (position >= cleared) {
+      if (position >= size) {
+        return BEYOND;
+      }
       clear_to(position + 1);
     }
-    out[position] = values[used++];
+    out[position] = *values++;
   }
   clear_to(size);
-  return used == num_values ? FITS : WRONG_MASK;
+  return FITS;
 }
 
 template <typename bits_t>
@@ -365,25 +430,21 @@ int64_t scatter_bits(Plane mask, const bits_t* values, int64_t num_values, bits_
 template <typename bits_t>
 int64_t merge(const std::vector<Plane>& planes, bits_t* out, int64_t size, int64_t mask_coding,
               int64_t top_coding, int64_t num_values, bits_t offset, bool rotated) {
-  static thread_local std::vector<uint8_t> tops;
-  static thread_local std::vector<bits_t> values;
-  const uint8_t* top = planes[1].bytes;
-  if (top_coding == TOP_QUADS) {
-    if (!unpack_tops(planes[1], planes[2], num_values, tops)) {
-      return WRONG_ESCAPES;
-    }
-    top = tops.data();
+  static thread_local std::vector<bits_t> room;
+  bits_t* values = out;
+  if (mask_coding != MASK_FULL) {
+    grow(room, num_values);
+    values = room.data();
   }
-  const std::vector<Plane> rest(planes.begin() + 3, planes.end());
+  if (!assemble_all(planes, top_coding, num_values, offset, rotated, values)) {
+    return WRONG_ESCAPES;
+  }
   if (mask_coding == MASK_FULL) {
-    assemble(top, rest, num_values, offset, rotated, out);
     return FITS;
   }
-  values.resize(num_values);
-  assemble(top, rest, num_values, offset, rotated, values.data());
   return mask_coding == MASK_BITS
-             ? scatter_bits(planes[0], values.data(), num_values, out, size)
-             : scatter_gaps(planes[0], values.data(), num_values, out, size);
+             ? scatter_bits(planes[0], values, num_values, out, size)
+             : scatter_gaps(planes[0], values, num_values, out, size);
 }
 
 // Lengths are those that planes.py checked: tops and rest hold a byte, or two bits, for each value.

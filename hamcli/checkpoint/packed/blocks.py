@@ -33,8 +33,8 @@ Merge = Callable[[Planes, Bits, bool], None]
 RAW, ZSTD = 0, 1
 HEAD = struct.Struct("<BBHIQ")
 PLANE = struct.Struct("<B3xII")
-_WORTH = 1 / 64
-"""Share of a plane that a codec must save, or the plane is stored as it is."""
+_WORTH = 1 / 20
+"""Share of a plane that a codec must save, or the plane is stored as it is: read at no cost."""
 _LONG = 1 << 12
 
 # Bytes of weights repeat only by chance: a match found costs more than the literals it saves. The

@@ -118,7 +118,7 @@ def test_escapes_are_kept():
         assert np.array_equal(out, bits)
 
 
-@pytest.mark.parametrize(("dtype", "goal"), [("BF16", 1.03), ("F32", 1.03)])
+@pytest.mark.parametrize(("dtype", "goal"), [("BF16", 1.05), ("F32", 1.03)])
 @pytest.mark.parametrize("sparsity", [0.8, 0.9, 0.95])
 def test_a_block_of_weights_is_near_the_entropy_of_its_mask_and_values(sparsity, dtype, goal):
     bits = weights(1 << 20, sparsity, dtype)
