@@ -23,8 +23,9 @@ constexpr int64_t MASK_FULL = 0, MASK_BITS = 1, MASK_GAPS = 2, MASK_EMPTY = 3;
 constexpr int64_t TOP_BYTES = 0, TOP_QUADS = 1;
 constexpr int64_t FILLER = 255;
 constexpr uint8_t ESCAPE = 3;
-constexpr int64_t GROUP = 64;      // elements of one word of a bitmap
+constexpr int64_t GROUP = 64;        // elements of one word of a bitmap
 constexpr int64_t CHUNK = 1 << 12;   // values that are put together at a time
+constexpr int64_t RUN = 8;           // gaps that are taken together
 constexpr int64_t WINDOW = 1 << 15;  // bytes cleared at a time, just before values are put there
 
 // What merge_planes answers.
@@ -151,12 +152,16 @@ void gather(const bits_t* bits, const std::vector<uint64_t>& words, bits_t* valu
   }
 }
 
-int64_t make_gaps(const std::vector<uint64_t>& words, uint8_t* gaps) {
+// As `gather`, with the gaps in front of the values; how many bytes these are.
+template <typename bits_t>
+int64_t gather_with_gaps(const bits_t* bits, const std::vector<uint64_t>& words, bits_t* values,
+                         uint8_t* gaps) {
   uint8_t* next = gaps;
   int64_t last = -1;
   for (size_t i = 0; i < words.size(); ++i) {
     for (uint64_t word = words[i]; word != 0; word &= word - 1) {
       const int64_t position = static_cast<int64_t>(i) * GROUP + std::countr_zero(word);
+      *values++ = bits[position];
       int64_t gap = position - last - 1;
       for (; gap >= FILLER; gap -= FILLER) {
         *next++ = FILLER;
@@ -237,16 +242,17 @@ std::vector<int64_t> split(const bits_t* bits, int64_t size, bool rotated,
     return {MASK_EMPTY, TOP_BYTES, 0, 0, 0, 0, 0};
   }
   grow(values, num_values);
-  gather(bits, words, values.data());
   int64_t mask_coding = MASK_FULL, mask_bytes = 0;
-  if (num_values < size) {
-    mask_coding = num_values * 16 < size * 3 ? MASK_GAPS : MASK_BITS;
+  if (num_values == size) {
+    std::memcpy(values.data(), bits, size * sizeof(bits_t));
+  } else if (num_values * 16 < size * 3) {
+    mask_coding = MASK_GAPS;
+    mask_bytes = gather_with_gaps(bits, words, values.data(), at<uint8_t>(out[0]));
+  } else {
+    mask_coding = MASK_BITS;
     mask_bytes = (size + 7) / 8;
-    if (mask_coding == MASK_GAPS) {
-      mask_bytes = make_gaps(words, at<uint8_t>(out[0]));
-    } else {
-      std::memcpy(at<uint8_t>(out[0]), words.data(), mask_bytes);
-    }
+    std::memcpy(at<uint8_t>(out[0]), words.data(), mask_bytes);
+    gather(bits, words, values.data());
   }
   const bits_t offset = to_offsets(values.data(), num_values, rotated);
   constexpr int width = sizeof(bits_t);
@@ -381,31 +387,36 @@ int64_t scatter_gaps(Plane gaps, const bits_t* values, int64_t num_values, bits_
   if (count(gaps.bytes, gaps.length, [](uint8_t one) { return one != FILLER; }) != num_values) {
     return WRONG_MASK;
   }
-  int64_t position = -1, cleared = 0;
-  const auto clear_to = [&](int64_t end) {
-    while (cleared < end) {
-      const int64_t count = std::min(window, size - cleared);
-      std::memset(out + cleared, 0, count * sizeof(bits_t));
-      cleared += count;
-    }
-  };
-  for (int64_t i = 0; i < gaps.length; ++i) {
-    const int64_t gap = gaps.bytes[i];
-    if (gap == FILLER) {
-      position += FILLER;
-      continue;
-    }
-    position += gap + 1;
-    if (position >= cleared) {
-      if (position >= size) {
-        return BEYOND;
+  const uint8_t* next = gaps.bytes;
+  const uint8_t* const end = next + gaps.length;
+  int64_t position = -1;
+  for (int64_t cleared = 0; cleared < size;) {
+    const int64_t room = std::min(window, size - cleared);
+    std::memset(out + cleared, 0, room * sizeof(bits_t));
+    cleared += room;
+    // far from the end of the window a few values need no look at it
+    while (end - next >= RUN && position + RUN * (FILLER + 1) < cleared) {
+      for (int64_t i = 0; i < RUN; ++i) {
+        const int64_t gap = *next++;
+        if (gap == FILLER) {
+          position += FILLER;
+        } else {
+          position += gap + 1;
+          out[position] = *values++;
+        }
       }
-      clear_to(position + 1);
     }
-    out[position] = *values++;
+    while (next < end && (*next == FILLER || position + *next + 1 < cleared)) {
+      const int64_t gap = *next++;
+      if (gap == FILLER) {
+        position += FILLER;
+      } else {
+        position += gap + 1;
+        out[position] = *values++;
+      }
+    }
   }
-  clear_to(size);
-  return FITS;
+  return next == end ? FITS : BEYOND;
 }
 
 template <typename bits_t>

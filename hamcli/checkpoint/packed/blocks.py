@@ -36,6 +36,10 @@ PLANE = struct.Struct("<B3xII")
 _WORTH = 1 / 20
 """Share of a plane that a codec must save, or the plane is stored as it is: read at no cost."""
 _LONG = 1 << 12
+_SAMPLES = 1 << 12
+_SAMPLED = 1 << 13
+_RANDOM_BITS = 7.7
+"""Bits a byte of a sample from which a plane is stored as it is, without trying."""
 
 # Bytes of weights repeat only by chance: a match found costs more than the literals it saves. The
 # smallest table finds hardly any, and leaves what is wanted, the entropy coding.
@@ -112,12 +116,22 @@ def _stored(plane: Bytes, rotated: bool) -> tuple[int, Any]:
     size = len(plane)
     if size == 0:
         return RAW, b""
+    if rotated and size >= _SAMPLED and _is_random(plane):
+        return RAW, plane.tobytes()
     # a long plane that repeats itself (a tensor of few different values) deserves a real search
     compressor = _codec.flat if rotated and size >= _LONG else _codec.layered
     made = compressor.compress(plane.data)
     if len(made) > size - size * _WORTH:
         return RAW, plane.tobytes()
     return ZSTD, made
+
+
+def _is_random(plane: Bytes) -> bool:
+    """Whether the bytes of a sample occur about equally often, so that no codec saves enough."""
+    counts = np.bincount(plane[:: len(plane) // _SAMPLES], minlength=256)
+    counts = counts[counts > 0]
+    bits = float((counts * np.log2(counts.sum() / counts)).sum())
+    return bits > _RANDOM_BITS * int(counts.sum())
 
 
 def _parse(data: memoryview, size: int, width: int) -> Planes:
