@@ -1,10 +1,13 @@
 """`ham`: make pretrained networks sparse with Hyperbolic Aware Minimization, and keep them good.
 
-Importing this package imports no torch; each public name does so when it is first used.
+Importing this package imports no torch; each public name does so when it is first used. After it,
+`from_pretrained` of transformers loads packed folders too.
 """
 
 import importlib
 from typing import Any
+
+from hamcli.registering import register_lazily
 
 __version__ = "0.1.0"
 
@@ -17,6 +20,8 @@ _HOMES = {
 }
 
 __all__ = ["HAM", "HAMFactory", "SparsityCallback", "__version__", "ham_step_", "sparsify"]
+
+register_lazily()
 
 
 def __getattr__(name: str) -> Any:

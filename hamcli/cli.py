@@ -80,7 +80,9 @@ PatternWord = Annotated[
 StepsWord = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 SeedWord = Annotated[int | None, typer.Option("--seed", help="Seed of data order and dropout.")]
 DeviceWord = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:N] or mps.")]
-FormatWord = Annotated[str | None, typer.Option("--format", help="Form of the result: dense.")]
+FormatWord = Annotated[
+    str | None, typer.Option("--format", help="Form of the result: dense or packed.")
+]
 DropWord = Annotated[
     float | None, typer.Option("--max-drop", help="Gate: greatest loss of quality.")
 ]
@@ -283,7 +285,11 @@ def _show_report(screen: Any, report: Any, folder: Path) -> None:
                 ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
             )
     rows.append(
-        ("size", size(report.size.dense_bytes), f"{size(report.size.gzip_bytes)} after gzip")
+        (
+            "size",
+            size(report.size.dense_bytes),
+            f"{size(report.size.packed_bytes)} packed, {size(report.size.gzip_bytes)} after gzip",
+        )
     )
     screen.result(
         report.to_dict(),
@@ -413,6 +419,37 @@ def check(
         f"{verdict}: sparsity {found.sparsity:.6g} ({found.zeros:,} of {found.total:,}){drop}",
     )
     refuse_failures(found)
+
+
+@app.command()
+def export(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
+    form: Annotated[str, typer.Option("--format", help="dense or packed.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Folder, or file, of the result.")
+    ] = None,
+    overwrite: OverwriteWord = False,
+    as_json: JsonWord = False,
+    quiet: QuietWord = False,
+    verbose: VerboseWord = False,
+) -> None:
+    """Convert dense to packed, which is smaller and needs `import hamcli`, or back, bit for bit."""
+    if form not in ("dense", "packed"):
+        raise UsageError("E108", "no such format", f"--format {form}", "", "dense or packed")
+    from hamcli.console import Screen, size
+    from hamcli.exporting import export as export_path
+
+    screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
+    suffix = path.suffix if path.is_file() else ""
+    target = out or path.with_name(f"{path.name.removesuffix(suffix)}-{form}{suffix}")
+    with screen.watcher("export") as watcher:
+        found = export_path(path, form, out=target, overwrite=overwrite, progress=watcher)
+    screen.result(
+        asdict(found),
+        f"{size(found.dense_bytes)} dense, {size(found.packed_bytes)} packed: "
+        f"{found.ratio:.2f} x smaller",
+        f"written to {found.out}",
+    )
 
 
 @app.command()

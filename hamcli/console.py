@@ -146,6 +146,7 @@ class PlainWatcher:
         self._last_line = -PLAIN_SECONDS
         self._steps, self._target = 0, 0.0
         self._began, self._first = 0.0, 0
+        self._job, self._bytes, self._done = "", 1, 0
 
     def __enter__(self) -> "PlainWatcher":
         return self
@@ -180,6 +181,24 @@ class PlainWatcher:
     def end_steps(self) -> None:
         """Training has ended."""
 
+    def begin_bytes(self, text: str, total: int) -> None:
+        """A job of so many bytes begins."""
+        self._job, self._bytes, self._done = text, max(1, total), 0
+        self._began = time.monotonic()
+        self._line(f"{text} {size(total)}")
+
+    def bytes_done(self, count: int) -> None:
+        """So many more bytes are done."""
+        self._done += count
+        seconds = time.monotonic() - self._began
+        left = seconds * (self._bytes - self._done) / max(1, self._done)
+        self._line(
+            f"{self._job} {size(self._done)} of {size(self._bytes)}  {duration(max(0, left))} left"
+        )
+
+    def end_bytes(self) -> None:
+        """It has ended."""
+
     def note(self, text: str) -> None:
         """Something worth knowing, shown in verbose mode."""
         if self._screen.verbose:
@@ -207,6 +226,7 @@ class LiveWatcher:
         )
         self._stage_task: Any = None
         self._steps_task: Any = None
+        self._bytes_task: Any = None
         self._target = 0.0
         self._smooth_loss: float | None = None
 
@@ -254,6 +274,21 @@ class LiveWatcher:
         """Training has ended."""
         self._steps_task = None
 
+    def begin_bytes(self, text: str, total: int) -> None:
+        """A job of so many bytes begins."""
+        self._finish_stage()
+        self._bytes_task = self._progress.add_task(
+            escape(printable(text)), total=max(1, total), bytes=True
+        )
+
+    def bytes_done(self, count: int) -> None:
+        """So many more bytes are done."""
+        self._progress.advance(self._bytes_task, count)
+
+    def end_bytes(self) -> None:
+        """It has ended."""
+        self._bytes_task = None
+
     def note(self, text: str) -> None:
         """Something worth knowing, shown in verbose mode."""
         if self._screen.verbose:
@@ -265,7 +300,7 @@ class LiveWatcher:
 
 
 class StepsColumn(ProgressColumn):
-    """`[bar] 120/300`, for the task that counts steps."""
+    """`[bar] 120/300`, for a task that counts steps or bytes."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -273,10 +308,15 @@ class StepsColumn(ProgressColumn):
 
     def render(self, task: Task) -> Any:
         """The bar and the count."""
-        if not task.fields.get("steps"):
+        total = task.total or 0
+        if task.fields.get("steps"):
+            count = f"{task.completed:.0f}/{total:.0f}"
+        elif task.fields.get("bytes"):
+            count = f"{size(task.completed)} of {size(total)}"
+        else:
             return Text("")
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(self._bar.render(task), Text(f"{task.completed:.0f}/{task.total:.0f}"))
+        grid.add_row(self._bar.render(task), Text(count))
         return grid
 
 
@@ -301,11 +341,11 @@ class SparsityColumn(ProgressColumn):
 
 
 class LeftColumn(TimeRemainingColumn):
-    """Time left, for the task that counts steps."""
+    """Time left, for a task that counts steps or bytes."""
 
     def render(self, task: Task) -> Text:
         """`04:12 left`."""
-        if not task.fields.get("steps"):
+        if not (task.fields.get("steps") or task.fields.get("bytes")):
             return Text("")
         if task.finished:
             return Text(duration(task.finished_time or 0.0), style="dim")

@@ -10,13 +10,16 @@ from torch import nn
 
 from hamcli import __version__
 from hamcli.checkpoint.dense import write_model
+from hamcli.checkpoint.folder import CONFIG, sha256
 from hamcli.checkpoint.loading import load_model
+from hamcli.checkpoint.packed.folders import pack_in_place
+from hamcli.checkpoint.recount import weight_files
 from hamcli.checkpoint.source import find_model
 from hamcli.opening import Opened
 from hamcli.progress import Progress
 from hamcli.recipe import effective_text
 from hamcli.report.records import REPORT_NAME, Report
-from hamcli.runstate import RunState, installed_versions
+from hamcli.runstate import RunState, disk_errors, installed_versions
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,12 +43,19 @@ def write_folder(opened: Opened, model: nn.Module, stage: Path) -> Written:
         tokenizer=opened.loaded.tokenizer,
         image_processor=opened.loaded.image_processor,
     )
+    files = {one.path: (one.bytes, one.sha256) for one in made.files}
+    if section.format == "packed":
+        weights = weight_files(stage)
+        with disk_errors("cannot pack the model", stage):
+            pack_in_place(stage, weights)
+        for path in (*weights, stage / CONFIG):
+            files[path.name] = path.stat().st_size, sha256(path)
     text = effective_text(opened.recipe, {"ham": __version__, **installed_versions()})
     (stage / "recipe.yaml").write_text(text, encoding="utf-8")
     raw = text.encode()
-    files = [(one.path, one.bytes, one.sha256) for one in made.files]
-    files.append(("recipe.yaml", len(raw), hashlib.sha256(raw).hexdigest()))
-    return Written(stage, made.names, tuple(files))
+    files["recipe.yaml"] = len(raw), hashlib.sha256(raw).hexdigest()
+    listed = tuple((name, size, digest) for name, (size, digest) in files.items())
+    return Written(stage, made.names, listed)
 
 
 def reload(opened: Opened, folder: Path, device: torch.device) -> nn.Module:

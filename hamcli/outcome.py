@@ -8,6 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hamcli.checkpoint.packed.files import (
+    dense_bytes,
+    dense_stream,
+    packed_bytes,
+    read_any_header,
+)
 from hamcli.checkpoint.recount import count_zeros, weight_files
 from hamcli.data import Data
 from hamcli.evaluation import Quality, drop
@@ -28,7 +34,6 @@ from hamcli.report.records import (
 from hamcli.runstate import installed_versions
 
 GZIP_LEVEL = 6
-GZIP_BLOCK = 4 * 2**20
 BINS = 80
 HISTOGRAM_LIMIT = 2_000_000  # weights; beyond it every n-th counts
 
@@ -81,10 +86,11 @@ def sparsity_record(
 
 
 def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
-    """Bytes of the weight files, as they are and as gzip makes them."""
+    """Bytes of the weight files: dense, packed, and dense as gzip makes them."""
     written = weight_files(folder)
     return SizeRecord(
-        dense_bytes=sum(path.stat().st_size for path in written),
+        dense_bytes=sum(dense_bytes(read_any_header(path)) for path in written),
+        packed_bytes=sum(map(packed_bytes, written)),
         gzip_bytes=sum(gzip_bytes(path) for path in written),
         input_bytes=sum(path.stat().st_size for path in inputs),
         input_gzip_bytes=sum(gzip_bytes(path) for path in inputs),
@@ -92,12 +98,9 @@ def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
 
 
 def gzip_bytes(path: Path) -> int:
-    """Size of the file after gzip, streamed and not kept."""
+    """Size of the file after gzip, in its dense form, streamed and not kept."""
     packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
-    total = 0
-    with path.open("rb") as file:
-        while block := file.read(GZIP_BLOCK):
-            total += len(packer.compress(block))
+    total = sum(len(packer.compress(block)) for block in dense_stream(path))
     return total + len(packer.flush())
 
 

@@ -37,6 +37,15 @@ class Progress(Protocol):
     def end_steps(self) -> None:
         """Training has ended, or stops here."""
 
+    def begin_bytes(self, text: str, total: int) -> None:
+        """A job of `total` bytes begins: one short line."""
+
+    def bytes_done(self, count: int) -> None:
+        """`count` more bytes of it are done."""
+
+    def end_bytes(self) -> None:
+        """It has ended, or stops here."""
+
     def note(self, text: str) -> None:
         """Something worth knowing."""
 
@@ -57,6 +66,15 @@ class Silent:
         """Say nothing."""
 
     def end_steps(self) -> None:
+        """Say nothing."""
+
+    def begin_bytes(self, text: str, total: int) -> None:
+        """Say nothing."""
+
+    def bytes_done(self, count: int) -> None:
+        """Say nothing."""
+
+    def end_bytes(self) -> None:
         """Say nothing."""
 
     def note(self, text: str) -> None:

@@ -189,3 +189,56 @@ def test_what_escapes_is_one_line_too(error, code, number, monkeypatch, capsys):
     assert out == ""
     assert err.startswith(f"ham: error[HAM-{number}]: ")
     assert "Traceback" not in err
+
+
+def test_packed_and_back_is_bit_for_bit_and_both_are_read(sparse, tmp_path):
+    dense, report = sparse
+    packed, back = tmp_path / "packed", tmp_path / "back"
+    done = ham("export", dense, "--format", "packed", "--out", packed, "--json", cwd=tmp_path)
+    found = json.loads(done.stdout)
+    assert found["dense_bytes"] == (dense / "model.safetensors").stat().st_size
+    assert found["packed_bytes"] == (packed / "model.safetensors").stat().st_size
+    assert found["packed_bytes"] == report["size"]["packed_bytes"] < found["dense_bytes"] / 7
+    assert (
+        "passed: sparsity 0.9 " in ham("check", packed, "--min-sparsity", 0.9, cwd=tmp_path).stdout
+    )
+    seen = [
+        json.loads(ham("inspect", one, "--json", cwd=tmp_path).stdout) for one in (dense, packed)
+    ]
+    assert [one["zeros"] for one in seen[0]["tensors"]] == [
+        one["zeros"] for one in seen[1]["tensors"]
+    ]
+    ham("export", packed, "--format", "dense", "--out", back, cwd=tmp_path)
+    assert files_of(back) == files_of(dense)
+    done = ham("export", packed, "--format", "packed", "--out", "again", cwd=tmp_path, code=4)
+    assert_clean_error(done, "E443")
+    done = ham("export", packed, "--format", "dense", "--out", back, cwd=tmp_path, code=2)
+    assert_clean_error(done, "E112")
+    done = ham("export", packed, "--format", "gif", cwd=tmp_path, code=2)
+    assert_clean_error(done, "E108")
+
+
+def test_a_bare_file_is_packed_and_unpacked(tmp_path):
+    source = RESNET / "model.safetensors"
+    ham("export", source, "--format", "packed", "--out", "p.safetensors", cwd=tmp_path)
+    ham("export", "p.safetensors", "--format", "dense", "--out", "d.safetensors", cwd=tmp_path)
+    assert (tmp_path / "d.safetensors").read_bytes() == source.read_bytes()
+    done = ham(
+        "export", source, "--format", "packed", "--out", "p.safetensors", cwd=tmp_path, code=2
+    )
+    assert_clean_error(done, "E112")
+
+
+def test_sparsify_writes_the_packed_form(tmp_path):
+    words = ("sparsify", RESNET, "--target", "0.9", "--format", "packed", "--out", "out", "--json")
+    report = json.loads(ham(*words, *QUICK, cwd=tmp_path).stdout)
+    size, listed = report["size"], {one["path"]: one["bytes"] for one in report["files"]}
+    assert listed["model.safetensors"] == size["packed_bytes"] < size["gzip_bytes"]
+    assert size["dense_bytes"] == (RESNET / "model.safetensors").stat().st_size
+    assert (tmp_path / "out" / "model.safetensors").stat().st_size == size["packed_bytes"]
+    assert "import hamcli" in (tmp_path / "out" / "README.md").read_text()
+    ham("check", "out", "--min-sparsity", 0.9, cwd=tmp_path)
+
+
+def files_of(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}

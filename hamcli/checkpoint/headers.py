@@ -78,6 +78,8 @@ class TensorInfo:
     begin: int
     """First byte, counted from the start of the file."""
     end: int
+    is_packed: bool = False
+    """Whether the bytes from `begin` to `end` are those of a packed tensor."""
 
     @property
     def total(self) -> int:
@@ -106,6 +108,17 @@ def read_header(path: Path) -> Header:
     with open_regular(path) as handle:
         file_bytes = os.fstat(handle).st_size
         raw = _header_bytes(path, handle, file_bytes)
+    header = parse_header(path, raw)
+    _check_size(path, header, file_bytes)
+    return header
+
+
+def parse_header(path: Path, raw: bytes) -> Header:
+    """The checked header whose JSON text is `raw`, of a file at `path` as long as it says.
+
+    Raises:
+        InputRefused: It is beyond the limits of this module or contradicts itself.
+    """
     entries = _parse(path, raw)
     metadata = _metadata(path, entries.pop("__metadata__", None))
     start = _LENGTH.size + len(raw)
@@ -113,8 +126,8 @@ def read_header(path: Path) -> Header:
         (_tensor(path, name, entry, start) for name, entry in entries.items()),
         key=lambda tensor: (tensor.begin, tensor.end),
     )
-    _check_layout(path, tensors, start, file_bytes)
-    return Header(path, file_bytes, tuple(tensors), metadata)
+    end = _check_layout(path, tensors, start)
+    return Header(path, end, tuple(tensors), metadata)
 
 
 @contextmanager
@@ -253,17 +266,22 @@ def _are_counts(value: Any) -> bool:
     )
 
 
-def _check_layout(path: Path, tensors: list[TensorInfo], start: int, file_bytes: int) -> None:
+def _check_layout(path: Path, tensors: list[TensorInfo], start: int) -> int:
+    """Where the last tensor ends."""
     position = start
     for tensor in tensors:
         if tensor.begin != position:
             kind = "overlaps the one before it" if tensor.begin < position else "leaves a hole"
             _refuse_header(path, f"{tensor.name}: its data {kind}")
         position = tensor.end
-    if position != file_bytes:
+    return position
+
+
+def _check_size(path: Path, header: Header, file_bytes: int) -> None:
+    if header.file_bytes != file_bytes:
         _refuse_size(
             path,
-            f"the file has {file_bytes} bytes, its header says {position}",
+            f"the file has {file_bytes} bytes, its header says {header.file_bytes}",
             "the whole file; copy or download it again",
         )
 

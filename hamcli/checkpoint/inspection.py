@@ -16,8 +16,8 @@ from hamcli.checkpoint.headers import (
     Header,
     TensorInfo,
     open_regular,
-    read_header,
 )
+from hamcli.checkpoint.packed.files import read_any_header
 from hamcli.checkpoint.recount import blocks, count_block, weight_files
 from hamcli.errors import InputRefused
 
@@ -81,7 +81,7 @@ def inspect(path: Path) -> InspectRecord:
         )
     files = weight_files(path)
     names = [file.name for file in sorted(path.glob("*.safetensors"))] if path.is_dir() else None
-    headers = [read_header(file) for file in files]
+    headers = [read_any_header(file) for file in files]
     shown = tuple(names or [path.name])
     tensors = tuple(
         one

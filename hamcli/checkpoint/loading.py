@@ -32,6 +32,8 @@ from hamcli.checkpoint.folder import (
     read_json,
 )
 from hamcli.checkpoint.headers import FLOATS, TensorInfo, open_regular, read_exactly
+from hamcli.checkpoint.packed.files import read_packed_into
+from hamcli.checkpoint.packed.planes import UNSIGNED
 from hamcli.checkpoint.source import Source
 from hamcli.errors import HamError, InputRefused, ResourceError
 
@@ -351,8 +353,12 @@ def read_tensor(path: Path, info: TensorInfo, stamp: tuple[int, ...] | None = No
     tensor = torch.empty(info.shape, dtype=dtype)
     raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
     with open_regular(path) as handle:
-        # an empty array has no memory to view
-        done = read_exactly(handle, memoryview(raw), info.begin) if info.total else 0
+        done = info.end - info.begin
+        if info.is_packed:
+            read_packed_into(handle, path, info, raw.view(UNSIGNED[tensor.element_size()]))
+        else:
+            # an empty array has no memory to view
+            done = read_exactly(handle, memoryview(raw), info.begin) if info.total else 0
         if done != info.end - info.begin or (stamp is not None and stamp != _stamp(handle)):
             raise InputRefused(
                 "E416", "the file changed while it was read", path, right="a file at rest"

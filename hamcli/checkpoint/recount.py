@@ -18,8 +18,9 @@ from hamcli.checkpoint.headers import (
     TensorInfo,
     open_regular,
     read_exactly,
-    read_header,
 )
+from hamcli.checkpoint.packed.blocks import merge_in_numpy
+from hamcli.checkpoint.packed.files import packed_blocks, read_any_header
 from hamcli.errors import InputRefused
 
 BLOCK_BYTES = 4 * 2**20
@@ -61,7 +62,7 @@ def count_zeros(path: Path) -> dict[str, TensorCount]:
     """
     counts: dict[str, TensorCount] = {}
     for file in weight_files(path):
-        header = read_header(file)
+        header = read_any_header(file)
         with open_regular(file) as handle:
             for tensor in header.tensors:
                 if tensor.name in counts:
@@ -84,8 +85,13 @@ def weight_files(path: Path) -> list[Path]:
 def blocks(handle: int, header: Header, tensor: TensorInfo) -> Iterator[memoryview]:
     """The bytes of `tensor`, some megabytes at a time, never cut inside an element.
 
-    The buffer is used again for the next block.
+    The buffer is used again for the next block. Packed tensors are unpacked in numpy, by other code
+    than that which packed them.
     """
+    if tensor.is_packed:
+        for bits in packed_blocks(handle, header.path, tensor, merge_in_numpy):
+            yield bits.view(np.uint8).data
+        return
     buffer = memoryview(bytearray(min(BLOCK_BYTES, tensor.end - tensor.begin)))
     for begin in range(tensor.begin, tensor.end, BLOCK_BYTES):
         block = buffer[: min(BLOCK_BYTES, tensor.end - begin)]

@@ -23,8 +23,10 @@ from hamcli.checkpoint.folder import (
     read_json,
     sha256,
 )
-from hamcli.checkpoint.headers import CONVERT_HINT, ENTRY_LIMIT, Header, read_header
+from hamcli.checkpoint.headers import CONVERT_HINT, ENTRY_LIMIT, Header
 from hamcli.checkpoint.hub import fetch, parse_hub_name
+from hamcli.checkpoint.packed.files import read_any_header, tensor_bytes
+from hamcli.checkpoint.packed.folders import without_mark
 from hamcli.errors import InputRefused, ResourceError
 
 __all__ = ["Source", "find_model", "infer_task"]
@@ -97,16 +99,36 @@ def find_model(
     else:
         files, index = {path.name: _bare_file(path, config)}, None
         folder = _config_path(config or "").parent
-    headers = tuple(read_header(file) for file in files.values())
+    headers = tuple(read_any_header(file) for file in files.values())
     if index is not None:
         _check_index(folder / INDEX, index, dict(zip(files, headers, strict=True)))
     config_path = _find_config(folder, config)
-    cleaned = clean_config(read_json(config_path, "the model's config", code="E406"))
+    cleaned = clean_config(without_mark(read_json(config_path, "the model's config", code="E406")))
     check_config(cleaned, headers, config_path)
     weights = tuple(files.values())
     files[CONFIG] = config_path
     hashes = _hash(folder, files) if hashed else {}
     return Source(model, folder, revision, hashes, weights, headers, cleaned)
+
+
+def find_weights(path: Path) -> dict[str, Header]:
+    """Name and checked header of each weight file of a folder, or of the one file at `path`.
+
+    No config is needed.
+
+    Raises:
+        InputRefused: There are none, or they are not what they say.
+        ResourceError: They may not be read.
+    """
+    if not path.is_dir():
+        if path.suffix != ".safetensors":
+            _bare_file(path, None)
+        return {path.name: read_any_header(path.resolve())}
+    files, index = _weights_of(path.resolve())
+    headers = {name: read_any_header(file) for name, file in files.items()}
+    if index is not None:
+        _check_index(path / INDEX, index, headers)
+    return headers
 
 
 def _locate(model: str, offline: bool) -> tuple[Path, str | None]:
@@ -233,9 +255,9 @@ def _check_total_size(where: Path, index: dict[str, Any], headers: Sequence[Head
     if said is None:
         return
     tensors = [tensor for header in headers for tensor in header.tensors]
-    true_bytes = sum(tensor.end - tensor.begin for tensor in tensors)
+    true_bytes = sum(map(tensor_bytes, tensors))
     # older writers counted a bool as one bit
-    bool_bytes = sum(tensor.end - tensor.begin for tensor in tensors if tensor.dtype == "BOOL")
+    bool_bytes = sum(tensor.total for tensor in tensors if tensor.dtype == "BOOL")
     if said not in (true_bytes, true_bytes - bool_bytes * 7 / 8):
         _refuse_index(
             where,

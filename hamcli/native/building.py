@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("step.cpp", "select.cpp"))
+SOURCES = tuple(Path(__file__).parent / name for name in ("step.cpp", "select.cpp", "planes.cpp"))
 LIBRARY = "ham_native.so"
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 600
@@ -41,7 +41,7 @@ def find_built() -> Path | None:
     """The path of the library if it is there already; nothing is built."""
     try:
         library = cache_folder() / _key(find_compiler(), compile_flags()) / LIBRARY
-    except CannotBuild:
+    except (CannotBuild, OSError):
         return None
     return library if library.exists() else None
 

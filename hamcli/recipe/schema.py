@@ -243,7 +243,10 @@ class EvaluationSection(Section):
 class ExportSection(Section):
     """How the result is written."""
 
-    format: Literal["dense"] = Field("dense", description="stock safetensors with zeros")
+    format: Literal["dense", "packed"] = Field(
+        "dense",
+        description="dense: stock safetensors with zeros; packed: smaller, needs `import hamcli`",
+    )
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="auto = the dtype of the input files"
     )

@@ -183,9 +183,18 @@ def _loading(report: Report) -> str:
     auto_class = AUTO_CLASSES.get(task, "AutoModel")
     helper = "AutoImageProcessor" if task == "image-classification" else "AutoTokenizer"
     variable = "processor" if task == "image-classification" else "tokenizer"
+    is_packed = report.recipe.get("export", {}).get("format") == "packed"
+    need = (
+        "A packed checkpoint: `pip install hamcli`, import it, and it loads as any other. "
+        "`ham export FOLDER --format dense` makes a stock checkpoint of it, bit for bit."
+        if is_packed
+        else "A stock checkpoint: the zeros are in the weights, nothing else is needed to load it."
+    )
+    first = "import hamcli  # registers the packed form\n" if is_packed else ""
     return (
-        "A stock checkpoint: the zeros are in the weights, nothing else is needed to load it.\n\n"
+        f"{need}\n\n"
         "```python\n"
+        f"{first}"
         f"from transformers import {', '.join(sorted((auto_class, helper)))}\n\n"
         'folder = "path/to/this/folder"\n'
         f"model = {auto_class}.from_pretrained(folder)\n"

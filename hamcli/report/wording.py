@@ -121,9 +121,12 @@ def size_line(size: SizeRecord) -> str:
         way = "smaller" if size.dense_bytes < size.input_bytes else "larger"
         change = abs(size.dense_bytes - size.input_bytes)
         first = f"File {megabytes(change)} {way} than the input's"
-    if size.gzip_bytes is None:
-        return f"{first}."
-    return f"{first}; {megabytes(size.gzip_bytes)} if compressed with gzip."
+    others = []
+    if size.packed_bytes is not None:
+        others.append(f"{megabytes(size.packed_bytes)} in the packed form")
+    if size.gzip_bytes is not None:
+        others.append(f"{megabytes(size.gzip_bytes)} if compressed with gzip")
+    return f"{'; '.join([first, ', '.join(others)]) if others else first}."
 
 
 def shape(sizes: Sequence[int]) -> str:

@@ -1,0 +1,169 @@
+"""`ham export`: a model folder or a safetensors file, dense <-> packed, bit for bit; no torch.
+
+Tensors stream through in blocks; a result appears whole or not at all.
+"""
+
+import os
+import uuid
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hamcli.checkpoint.folder import CONFIG, INDEX, SIDE_FILES, find_file, read_bytes
+from hamcli.checkpoint.headers import Header
+from hamcli.checkpoint.packed import native
+from hamcli.checkpoint.packed.files import (
+    Advance,
+    dense_bytes,
+    is_packed_file,
+    pack_file,
+    restore_file,
+)
+from hamcli.checkpoint.packed.folders import mark_config, unmark_config
+from hamcli.checkpoint.source import find_weights
+from hamcli.errors import InputRefused, UsageError
+from hamcli.progress import Progress
+from hamcli.runstate import RunState, disk_errors
+
+NATIVE_FROM = 256 * 2**20
+"""Dense bytes from which loading torch for its extension saves more time than it takes."""
+OUR_FILES = ("recipe.yaml", "report.json", "report.html", "README.md")
+
+
+@dataclass(frozen=True, slots=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        path: The input.
+        out: The result.
+        format: dense or packed.
+        dense_bytes: Weight files in the dense form.
+        packed_bytes: Weight files in the packed form.
+        ratio: `dense_bytes / packed_bytes`.
+        files: Names in the result, with their bytes.
+    """
+
+    path: str
+    out: str
+    format: str
+    dense_bytes: int
+    packed_bytes: int
+    ratio: float
+    files: dict[str, int]
+
+
+def export(path: Path, form: str, *, out: Path, overwrite: bool, progress: Progress) -> Export:
+    """Convert a folder or a bare file to `form`.
+
+    Args:
+        path: A model folder, or one safetensors file.
+        form: `"dense"` or `"packed"`.
+        out: Folder or file of the result.
+        overwrite: Whether `out` may be replaced.
+        progress: Who watches.
+
+    Raises:
+        InputRefused: There is no model, it is damaged, or it has this form already.
+        UsageError: `out` may not be used.
+        ResourceError: The disk.
+    """
+    if not path.exists():
+        raise InputRefused(
+            "E401", "no such checkpoint", path, "", "a folder or a .safetensors file"
+        )
+    weights = find_weights(path)
+    headers = list(weights.values())
+    _refuse_same(path, form, headers)
+    total = sum(map(dense_bytes, headers))
+    if total >= NATIVE_FROM:
+        native.prepare(progress.stage)
+    progress.begin_bytes("packing" if form == "packed" else "unpacking", total)
+    try:
+        if path.is_dir():
+            files = _export_folder(path, form, weights, out, overwrite, progress)
+        else:
+            files = _export_file(headers[0].path, form, out, overwrite, progress.bytes_done)
+    finally:
+        progress.end_bytes()
+    written = sum(size for name, size in files.items() if name.endswith(".safetensors"))
+    packed = written if form == "packed" else sum(header.file_bytes for header in headers)
+    return Export(str(path), str(out), form, total, packed, total / max(1, packed), files)
+
+
+def _refuse_same(path: Path, form: str, headers: Iterable[Header]) -> None:
+    are_packed = {is_packed_file(header) for header in headers}
+    if are_packed != {form == "dense"}:
+        have = "packed" if are_packed == {True} else "dense" if are_packed == {False} else "mixed"
+        raise InputRefused("E443", f"nothing to convert to {form}", path, f"it is {have} already")
+
+
+def _export_folder(
+    folder: Path,
+    form: str,
+    weights: dict[str, Header],
+    out: Path,
+    overwrite: bool,
+    progress: Progress,
+) -> dict[str, int]:
+    with RunState(out, inputs=[folder], overwrite=overwrite) as run:
+        stage = run.stage()
+        with disk_errors("cannot write the checkpoint", stage):
+            _convert(folder, stage, form, weights, progress.bytes_done)
+        names = {
+            file.relative_to(stage).as_posix(): file.stat().st_size
+            for file in sorted(stage.rglob("*"))
+            if file.is_file()
+        }
+        for left in _left_out(folder, names):
+            progress.note(f"not copied: {left}")
+        for text in run.publish(stage):
+            progress.warn(text)
+        run.finish()
+    return names
+
+
+def _convert(
+    folder: Path, stage: Path, form: str, weights: dict[str, Header], advance: Advance
+) -> None:
+    config = find_file(folder, CONFIG)
+    if config is not None:
+        marked = mark_config(config) if form == "packed" else unmark_config(config)
+        (stage / CONFIG).write_bytes(marked)
+    for name in (INDEX, *SIDE_FILES, *OUR_FILES):
+        if (path := find_file(folder, name)) is not None:
+            (stage / name).parent.mkdir(exist_ok=True)
+            (stage / name).write_bytes(read_bytes(path))
+    for name, header in weights.items():
+        write = pack_file if form == "packed" else restore_file
+        write(header.path, stage / name, advance)
+
+
+def _left_out(folder: Path, names: Iterable[str]) -> list[str]:
+    """What of the input is not in the result, by its first name."""
+    taken = {name.partition("/")[0] for name in names}
+    return sorted({entry.name for entry in folder.iterdir()} - taken)
+
+
+def _export_file(
+    source: Path, form: str, out: Path, overwrite: bool, advance: Advance
+) -> dict[str, int]:
+    if out.is_dir():
+        raise UsageError("E111", "cannot be an output file", out, "it is a folder", "a file name")
+    if out.exists() and out.samefile(source):
+        raise UsageError("E110", "would write into its own input", out, right="another --out")
+    if out.exists() and not overwrite:
+        raise UsageError("E112", "the output file exists", out, right="another, or --overwrite")
+    stage = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
+    with disk_errors("cannot write the checkpoint", out):
+        try:
+            size = (pack_file if form == "packed" else restore_file)(source, stage, advance)
+            os.replace(stage, out)
+        finally:
+            stage.unlink(missing_ok=True)
+        parent = os.open(out.parent, os.O_RDONLY)
+        try:
+            os.fsync(parent)
+        finally:
+            os.close(parent)
+    return {out.name: size}
