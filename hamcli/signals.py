@@ -36,23 +36,18 @@ class Stop:
         return EXIT_INTERRUPTED if self.requested == "SIGINT" else EXIT_PREEMPTED
 
 
-_LISTENING: list[Stop] = []
-
-
 @contextmanager
 def stop_on_signals(restore_terminal: Callable[[], None] | None = None) -> Iterator[Stop]:
     """Listen for TERM, USR1, USR2, HUP and INT while the block runs.
 
     The first signal of any kind only sets the flag: what is going on, a save too, comes to its end.
     The second Ctrl-C ends the process at once with 130. A HUP that was ignored before (nohup) stays
-    ignored. Blocks may be nested: what the inner one heard, the outer one knows when the inner is
-    left. Outside the main thread, where Python allows no handlers, the flag is never set.
+    ignored. Outside the main thread, where Python allows no handlers, the flag is never set.
 
     Args:
         restore_terminal: Called before the process ends at once; a shown cursor comes by itself.
     """
     stop = Stop()
-    _LISTENING.append(stop)
 
     def note(number: int, _: FrameType | None) -> None:
         if number == signal.SIGINT:
@@ -69,9 +64,6 @@ def stop_on_signals(restore_terminal: Callable[[], None] | None = None) -> Itera
     try:
         yield stop
     finally:
-        _LISTENING.remove(stop)
-        if _LISTENING and _LISTENING[-1].requested is None:
-            _LISTENING[-1].requested = stop.requested
         for number, handler in before.items():
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 

@@ -59,10 +59,10 @@ def compare(
     _refuse_foreign(out)
     progress.stage("hashing the model and the data")
     inputs = find_inputs(read.recipe)
-    runner = _Runner(_pinned(read.recipe, inputs), inputs, out, keep, grid, progress)
+    base = _pinned(read.recipe, inputs)
     tunings, rows = [], []
     with stop_on_signals() as stop:
-        runner.stop = stop
+        runner = _Runner(base, inputs, out, keep, grid, progress, stop)
         for arm in grid.arms:
             tunings.append(runner.tune(arm))
             rows += [runner.row(cell) for cell in grid.cells(arm, tunings[-1].lr)]
@@ -90,13 +90,14 @@ class _Runner:
         keep: bool,
         grid: Grid,
         progress: Progress,
+        stop: Stop,
     ) -> None:
         self.base, self.inputs, self.grid, self.keep = base, inputs, grid, keep
         self.cells, self.runs = Cells(out / CELLS), out / RUNS
         self.runs.mkdir(exist_ok=True)
         self.counter = RunCounter(progress, grid.num_trials + grid.num_cells)
         self.progress = progress
-        self.stop: Stop = Stop()
+        self.stop = stop
 
     def tune(self, arm: Arm) -> Tuning:
         """Choose the learning rate of an arm, on the first seed at the highest sparsity."""
@@ -120,30 +121,25 @@ class _Runner:
         if outcome is not None:
             self.counter.found()
             return Row(cell, key, outcome)
-        self._refuse_to_go_on("")
+        if self.stop.requested is not None:
+            raise self._stopped("")
         self.counter.begin(cell.label)
         folder = self.runs / f"{cell.slug}-{key[:12]}"
         watcher = OneRun(self.progress, cell.label)
         keep = self.keep and not cell.is_trial
         try:
-            outcome = run_cell(read, folder, keep=keep, progress=watcher)
-        except (Interrupted, Preempted) as error:
-            self.stop.requested = self.stop.requested or (
-                "SIGINT" if isinstance(error, Interrupted) else "SIGTERM"
-            )
-            self._refuse_to_go_on(f"{cell.label} is saved where it stopped; ")
-        assert outcome is not None
+            outcome = run_cell(read, folder, keep=keep, progress=watcher, stop=self.stop)
+        except (Interrupted, Preempted):
+            raise self._stopped(f"{cell.label} is saved where it stopped; ") from None
         self.cells.save(content, outcome)
         self.counter.end()
         if outcome.status != "done":
             self.progress.warn(f"{cell.label}: {outcome.status}: {outcome.why}")
         return Row(cell, key, outcome)
 
-    def _refuse_to_go_on(self, saved: str) -> None:
-        if self.stop.requested is None:
-            return
+    def _stopped(self, saved: str) -> HamError:
         kind: type[HamError] = Interrupted if self.stop.requested == "SIGINT" else Preempted
-        raise kind(
+        return kind(
             "E902" if kind is Interrupted else "E901",
             "interrupted" if kind is Interrupted else f"stopped by {self.stop.requested}",
             "",

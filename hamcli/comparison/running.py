@@ -11,9 +11,12 @@ from hamcli.recipe import ReadRecipe
 from hamcli.report.records import Report
 from hamcli.runstate import disk_errors, remove_leftovers, run_folder
 from hamcli.runstate.disk import remove_tree
+from hamcli.signals import Stop
 
 
-def run_cell(read: ReadRecipe, folder: Path, *, keep: bool, progress: Progress) -> Outcome:
+def run_cell(
+    read: ReadRecipe, folder: Path, *, keep: bool, progress: Progress, stop: Stop
+) -> Outcome:
     """Train, prune and measure; what diverges or is refused is an outcome too.
 
     Args:
@@ -21,12 +24,13 @@ def run_cell(read: ReadRecipe, folder: Path, *, keep: bool, progress: Progress) 
         folder: Where the model is written; a run that was stopped there goes on.
         keep: Whether the written model stays.
         progress: Who watches.
+        stop: Whether a signal has come; looked at after every step.
 
     Raises:
         HamError: What would meet every other run too: the model, the data, the disk, a signal.
     """
     try:
-        outcome = outcome_of(_trained(read, folder, progress))
+        outcome = outcome_of(_trained(read, folder, progress, stop))
     except Diverged as error:
         outcome = Outcome("diverged", error.line())
     except RecipeError as error:
@@ -38,7 +42,7 @@ def run_cell(read: ReadRecipe, folder: Path, *, keep: bool, progress: Progress) 
     return outcome
 
 
-def _trained(read: ReadRecipe, folder: Path, progress: Progress) -> Report:
+def _trained(read: ReadRecipe, folder: Path, progress: Progress, stop: Stop) -> Report:
     def run(*, resume: bool, overwrite: bool) -> Report:
         return run_sparsify(
             read,
@@ -47,6 +51,7 @@ def _trained(read: ReadRecipe, folder: Path, progress: Progress) -> Report:
             overwrite=overwrite,
             keep_run=False,
             progress=progress,
+            stop=stop,
         )
 
     if not run_folder(folder).is_dir():
