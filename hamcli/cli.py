@@ -435,7 +435,7 @@ def export(
 ) -> None:
     """Convert dense to packed, which is smaller and needs `import hamcli`, or back, bit for bit."""
     if form not in ("dense", "packed"):
-        raise UsageError("E108", "no such format", f"--format {form}", "", "dense or packed")
+        raise UsageError("E118", "no such format", f"--format {form}", "", "dense or packed")
     from hamcli.console import Screen, size
     from hamcli.exporting import export as export_path
 
@@ -546,6 +546,95 @@ def theory(
     if failed:
         first = failed[0]
         raise GateFailed("E302", first.what, "", first.why, others=failed[1:])
+
+
+@app.command()
+def compare(
+    model: ModelWord = None,
+    methods: Annotated[
+        str, typer.Option("--methods", help="As gradual,ac-dc; dense = fine-tuned as long.")
+    ] = "gradual,ac-dc,rigl,str",
+    targets: Annotated[str, typer.Option("--targets", help="Sparsities, as 0.9,0.95.")] = "0.9",
+    seeds: Annotated[str, typer.Option("--seeds", help="The same for all, as 0,1,2.")] = "0,1,2",
+    ham: Annotated[str, typer.Option("--ham", help="on, off or both.")] = "both",
+    trials: Annotated[
+        int,
+        typer.Option("--trials", min=1, help="Learning rates tried for each method; 1 = none."),
+    ] = 3,
+    recipe: RecipeWord = None,
+    setting: SetWords = None,
+    out: OutWord = None,
+    data: DataWord = None,
+    task: TaskWord = None,
+    config: ConfigWord = None,
+    pattern: PatternWord = None,
+    steps: StepsWord = None,
+    device: DeviceWord = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the models, in OUT/runs.")] = False,
+    as_json: JsonWord = False,
+    quiet: QuietWord = False,
+    verbose: VerboseWord = False,
+) -> None:
+    """Methods and sparsities under one budget: lr tuned alike, paired seeds; goes on when rerun."""
+    layers = _layers(
+        recipe,
+        setting,
+        model=model,
+        config=config,
+        task=task,
+        data=data,
+        pattern=pattern,
+        steps=steps,
+        device=device,
+    )
+    _refuse_no_model(model, layers)
+    from hamcli.console import Screen, table
+
+    screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
+    with screen.watcher("compare") as watcher:
+        watcher.stage("starting")
+        from hamcli.comparison import Grid
+        from hamcli.comparison import compare as compare_methods
+        from hamcli.comparison.page import pair_table, quality_table, references
+        from hamcli.defaults import compare_folder
+        from hamcli.opening import complete
+
+        grid = Grid(
+            tuple(_listed(methods, str, "--methods")),
+            tuple(_listed(targets, float, "--targets")),
+            tuple(_listed(seeds, int, "--seeds")),
+            _switches(ham),
+            trials,
+        )
+        read = complete(layers, has_recipe=recipe is not None)
+        folder = out or compare_folder(read.recipe.model.id or "")
+        found = compare_methods(read, grid, out=folder, keep=keep, progress=watcher)
+    better = "higher" if found.higher_is_better else "lower"
+    screen.result(
+        found.to_dict(__version__),
+        f"{found.metric}, {better} is better, mean ± standard error",
+        table("", *quality_table(found)),
+        *(f"{name}: {value}" for name, value in references(found)),
+        *(["", "HAM on minus off, seed by seed"] if found.pairs else []),
+        *([table("", *pair_table(found))] if found.pairs else []),
+        f"written to {folder}",
+    )
+
+
+def _listed(text: str, kind: Any, flag: str) -> list[Any]:
+    """Words with commas between them, each of a kind."""
+    try:
+        return [kind(part.strip()) for part in text.split(",") if part.strip()]
+    except ValueError:
+        wanted = "whole numbers, as 0,1,2" if kind is int else "numbers, as 0.9,0.95"
+        raise UsageError("E108", "not a list to compare", flag, printable(text), wanted) from None
+
+
+def _switches(text: str) -> tuple[bool, ...]:
+    known = {"on": (True,), "off": (False,), "both": (False, True), "on,off": (False, True)}
+    if text not in known:
+        raise UsageError("E108", "not a list to compare", "--ham", printable(text), "on, off, both")
+    return known[text]
 
 
 @recipes.command("list")

@@ -12,7 +12,16 @@ RECIPE_OF_TASK = {
 }
 
 
+def compare_folder(model: str) -> Path:
+    """`minilm-compare` in the working directory for `builtin:minilm`."""
+    return Path(f"{_short_name(model)}-compare")
+
+
 def out_folder(model: str, target: float) -> Path:
     """`minilm-ham-90` in the working directory for `builtin:minilm` at 0.9."""
+    return Path(f"{_short_name(model)}-ham-{target * 100:g}")
+
+
+def _short_name(model: str) -> str:
     name = model.partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]
-    return Path(f"{name.removesuffix('.safetensors') or 'model'}-ham-{target * 100:g}")
+    return name.removesuffix(".safetensors") or "model"

@@ -1,5 +1,6 @@
 """The road of `ham sparsify`, and the function that the library offers: recipe in, report out."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
 from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report, read_report
 from hamcli.runstate import RunState, check_out, finished, remove_leftovers
-from hamcli.signals import stop_on_signals
+from hamcli.signals import Stop, stop_on_signals
 from hamcli.sparsifying import Sparsification
 
 
@@ -80,8 +81,13 @@ def run_sparsify(
     keep_run: bool,
     progress: Progress | None,
     command: str = "",
+    stop: Stop | None = None,
 ) -> Report:
-    """The main road, from a checked recipe to a finished folder."""
+    """The main road, from a checked recipe to a finished folder.
+
+    Whoever makes several runs listens for signals itself and hands its `stop` in, so that one that
+    comes after the last step of a run is not lost.
+    """
     progress = progress or Silent()
     recipe = read.recipe
     target = recipe.sparsity.target
@@ -97,7 +103,7 @@ def run_sparsify(
     if not overwrite and (found := _complete_already(read, folder, progress)) is not None:
         return found
     with (
-        stop_on_signals() as stop,
+        stop_on_signals() if stop is None else nullcontext(stop) as stop,
         RunState(folder, inputs=_inputs(recipe), overwrite=overwrite, resume=resume) as run,
     ):
         opened = open_run(read, progress)

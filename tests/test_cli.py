@@ -215,7 +215,7 @@ def test_packed_and_back_is_bit_for_bit_and_both_are_read(sparse, tmp_path):
     done = ham("export", packed, "--format", "dense", "--out", back, cwd=tmp_path, code=2)
     assert_clean_error(done, "E112")
     done = ham("export", packed, "--format", "gif", cwd=tmp_path, code=2)
-    assert_clean_error(done, "E108")
+    assert_clean_error(done, "E118")
 
 
 def test_a_bare_file_is_packed_and_unpacked(tmp_path):

@@ -106,6 +106,8 @@ def open_data(
         train, held = _split(train, section.evaluation_fraction)
     if section.max_examples is not None:
         train = _rows(train, range(min(len(train), section.max_examples)))
+    if section.validation_fraction is not None:  # the held-out examples stay out of sight
+        train, held = _split(train, section.validation_fraction)
     if is_image:
         return _image_data(section, train, held, image_processor, config)
     if tokenizer is None:

@@ -68,6 +68,11 @@ class DataSection(Section):
     evaluation_fraction: float = Field(
         0.1, gt=0.0, lt=1.0, description="share held out where no evaluation source is named"
     )
+    validation_fraction: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
+        None,
+        description="share of the training examples that is measured on in place of the held-out "
+        "ones, to choose settings by; null = none",
+    )
     max_length: int = Field(128, ge=8, le=131072, description="tokens a block or example")
     max_examples: Count | None = Field(None, description="cap on training examples")
     pack: bool | Literal["auto"] = Field("auto", description="join texts into full blocks")

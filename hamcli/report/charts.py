@@ -137,7 +137,11 @@ def curve(
 
 @dataclass(frozen=True, slots=True)
 class Points:
-    """Points of a `relation`: joined by a line, marked by dots, or rings that stand alone."""
+    """Points of a `relation`: joined by a line, marked by dots, or rings that stand alone.
+
+    `spread` is what lies on each side of y, drawn as a bar; `shift` moves all by pixels to the
+    right, so that bars of several series at one x stand side by side.
+    """
 
     label: str
     x: Sequence[float]
@@ -145,6 +149,8 @@ class Points:
     style: str
     marked: bool = False
     hollow: bool = False
+    spread: Sequence[float] = ()
+    shift: float = 0.0
 
 
 def relation(
@@ -155,6 +161,7 @@ def relation(
     log_x: bool = False,
     log_y: bool = False,
     level: tuple[float, str] | None = None,
+    margin: float = 0.0,
 ) -> Markup | None:
     """Curves y over x with axes of their own, or None where there is nothing to draw.
 
@@ -165,22 +172,24 @@ def relation(
         log_x: Whether the x axis is logarithmic.
         log_y: Whether the y axis is.
         level: A value of y to mark by a dashed line, and its words; without words, the line alone.
+        margin: Share of the range of x that is left free on both sides; not of a logarithmic one.
     """
     kept = [
         [
-            (x, y)
-            for x, y in zip(one.x, one.y, strict=True)
+            (x, y, spread)
+            for x, y, spread in zip(one.x, one.y, one.spread or [0.0] * len(one.x), strict=True)
             if math.isfinite(x) and math.isfinite(y) and _drawable(x, log_x) and _drawable(y, log_y)
         ]
         for one in series
     ]
-    found = [pair for pairs in kept for pair in pairs]
+    found = [point for points in kept for point in points]
     if not found:
         return None
-    xs = [x for x, _ in found]
-    ys = [y for _, y in found] + ([level[0]] if level is not None else [])
+    xs = [x for x, _, _ in found]
+    ends = [end for _, y, spread in found for end in (y - spread, y + spread)]
+    ys = [y for y in ends if _drawable(y, log_y)] + ([level[0]] if level is not None else [])
     y_ticks = _log_ticks(min(ys), max(ys)) if log_y else _ticks(min(ys), max(ys), 5)
-    x_range = _decades(min(xs), max(xs)) if log_x else (min(xs), max(max(xs), min(xs) + TINY))
+    x_range = _decades(min(xs), max(xs)) if log_x else _with_margin(min(xs), max(xs), margin)
     x_ticks = _log_ticks(*x_range, 8) if log_x else _ticks(min(xs), max(xs), 5, inside=True)
     frame = _Frame(
         NARROW,
@@ -197,26 +206,45 @@ def relation(
     ]
     if level is not None:
         parts.append(_reference(frame, *level, wording.number if level[1] else lambda _: ""))
-    for one, pairs in zip(series, kept, strict=True):
-        if not one.hollow and pairs:
-            thin = _extremes([y for _, y in pairs], POINT_LIMIT)
-            path = "L".join(f"{frame.x(pairs[i][0])} {frame.y(pairs[i][1])}" for i in thin)
+    for one, points in zip(series, kept, strict=True):
+        if not one.hollow and points:
+            thin = _extremes([y for _, y, _ in points], POINT_LIMIT)
+            path = "L".join(
+                f"{_size(frame.x(points[i][0]) + one.shift)} {frame.y(points[i][1])}" for i in thin
+            )
             parts.append(Markup('<path class="line {}" d="M{}"/>').format(one.style, path))
-    for one, pairs in zip(series, kept, strict=True):
+        parts += [_error_bar(frame, one, *point) for point in points if point[2] > 0]
+    for one, points in zip(series, kept, strict=True):
         if one.marked or one.hollow:
-            parts += [_mark(frame, one, x, y, x_label) for x, y in pairs]
+            parts += [_mark(frame, one, x, y, spread, x_label) for x, y, spread in points]
     return _svg(frame.width, frame.height, label, parts)
 
 
-def _mark(frame: _Frame, series: Points, x: float, y: float, x_label: str) -> Markup:
+def _with_margin(low: float, high: float, margin: float) -> tuple[float, float]:
+    free = margin * (high - low)
+    if high - free <= low:
+        free = abs(high) / 20 or 1.0
+    return low - free, high + free
+
+
+def _error_bar(frame: _Frame, series: Points, x: float, y: float, spread: float) -> Markup:
+    middle = _size(frame.x(x) + series.shift)
+    top, bottom = frame.y(y + spread), frame.y(max(y - spread, frame.y_range[0]))
+    left, right = _size(middle - 4), _size(middle + 4)
+    path = f"M{middle} {top}V{bottom}M{left} {top}H{right}M{left} {bottom}H{right}"
+    return Markup('<path class="line spread {}" d="{}"/>').format(series.style, path)
+
+
+def _mark(frame: _Frame, series: Points, x: float, y: float, spread: float, x_label: str) -> Markup:
     shape = "ring" if series.hollow else "dot"
     return Markup('<circle class="{} {}" cx="{}" cy="{}" r="{}"><title>{}</title></circle>').format(
         shape,
         series.style,
-        frame.x(x),
+        _size(frame.x(x) + series.shift),
         frame.y(y),
         6 if series.hollow else 3.5,
-        f"{series.label}\n{x_label} {wording.number(x)}: {wording.number(y)}",
+        f"{series.label}\n{x_label} {wording.number(x)}: {wording.number(y)}"
+        + (f" ± {wording.number(spread, 2)}" if spread else ""),
     )
 
 

@@ -194,3 +194,28 @@ def test_a_relation_marks_its_level_and_escapes_names():
     assert len(shapes(drawn, "circle", "ring")) == 2
     assert not shapes(drawn, "path")
     assert [one.text for one in shapes(drawn, "text", "reference-name")] == ["limit< 0.5"]
+
+
+def test_error_bars_reach_as_far_as_they_say_and_widen_the_axis():
+    data = charts.Points(
+        "m", [90.0, 95.0], [0.5, 0.6], "m0", marked=True, spread=[0.1, 0.0], shift=6.0
+    )
+    plain = charts.Points("p", [90.0, 95.0], [0.5, 0.6], "m1", marked=True)
+    drawn = charts.relation([data, plain], label="x", x_label="s", margin=0.1)
+    (bar,) = shapes(drawn, "path", "spread")  # a spread of 0 has none
+    middle, top, bottom = re.match(r"M(\S+) (\S+)V(\S+)M", bar.get("d")).groups()
+    dots = [(float(one.get("cx")), float(one.get("cy"))) for one in shapes(drawn, "circle")]
+    assert float(middle) == dots[0][0]
+    assert dots[0][0] - dots[2][0] == pytest.approx(6.0, abs=0.02)
+    height = dots[0][1] - dots[1][1]  # of 0.1
+    assert dots[0][1] - float(top) == pytest.approx(height, abs=0.03)
+    assert float(bottom) - dots[0][1] == pytest.approx(height, abs=0.03)
+    inner = charts.NARROW - 18 - 56
+    assert dots[2][0] == pytest.approx(56 + inner / 12, abs=0.02)  # a tenth of the range beside it
+
+
+def test_a_relation_of_one_x_stands_in_the_middle():
+    data = charts.Points("m", [90.0], [0.5], "m0", marked=True)
+    drawn = charts.relation([data], label="x", x_label="s")
+    (dot,) = shapes(drawn, "circle", "dot")
+    assert float(dot.get("cx")) == pytest.approx((56 + charts.NARROW - 18) / 2, abs=0.02)
