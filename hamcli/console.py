@@ -147,6 +147,7 @@ class PlainWatcher:
         self._steps, self._target = 0, 0.0
         self._began, self._first = 0.0, 0
         self._job, self._bytes, self._done = "", 1, 0
+        self._cell = ""
 
     def __enter__(self) -> "PlainWatcher":
         return self
@@ -162,6 +163,8 @@ class PlainWatcher:
 
     def stage(self, text: str) -> None:
         """A new part of the job begins."""
+        # the line of one run of many may come too soon after another; its steps tell it then
+        self._cell = text.partition(": ")[0] + ": " if text.startswith("cell ") else ""
         self._line(text)
 
     def begin_steps(self, *, steps: int, done: int, target: float) -> None:
@@ -174,7 +177,7 @@ class PlainWatcher:
         seconds = (time.monotonic() - self._began) / max(1, record.step - self._first)
         left = seconds * (self._steps - record.step)
         self._line(
-            f"step {record.step}/{self._steps}  loss {record.loss:.4g}  "
+            f"{self._cell}step {record.step}/{self._steps}  loss {record.loss:.4g}  "
             f"sparsity {record.sparsity:.1%} of {self._target:.1%}  {duration(left)} left"
         )
 

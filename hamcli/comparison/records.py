@@ -157,7 +157,7 @@ class Pair:
             return "one seed"
         if abs(self.gain) <= self.value.standard_error:
             return "within one standard error"
-        return "HAM helps" if self.gain > 0 else "HAM hurts"
+        return "HAM ahead" if self.gain > 0 else "HAM behind"
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON holds it."""

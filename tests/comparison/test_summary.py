@@ -67,9 +67,9 @@ def test_a_lost_seed_drops_out_of_both_sides_of_its_pair_only():
 @pytest.mark.parametrize(
     ("differences", "higher", "verdict"),
     [
-        ([1.0, 1.1], True, "HAM helps"),
-        ([1.0, 1.1], False, "HAM hurts"),
-        ([-1.0, -1.1], False, "HAM helps"),
+        ([1.0, 1.1], True, "HAM ahead"),
+        ([1.0, 1.1], False, "HAM behind"),
+        ([-1.0, -1.1], False, "HAM ahead"),
         ([1.0, -1.1], True, "within one standard error"),
         ([1.0], True, "one seed"),
         ([None], True, "no pair"),
