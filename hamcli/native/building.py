@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("step.cpp", "select.cpp"))
+SOURCES = tuple(Path(__file__).parent / name for name in ("step.cpp", "select.cpp", "sparse.cpp"))
 LIBRARY = "ham_native.so"
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 600
