@@ -11,10 +11,11 @@ __version__ = "0.1.0"
 _HOMES = {
     "HAM": "hamcli.optim",
     "ham_step_": "hamcli.optim",
+    "load": "hamcli.runtime",
     "sparsify": "hamcli.pipeline",
 }
 
-__all__ = ["HAM", "__version__", "ham_step_", "sparsify"]
+__all__ = ["HAM", "__version__", "ham_step_", "load", "sparsify"]
 
 
 def __getattr__(name: str) -> Any:

@@ -129,7 +129,7 @@ def cache_folder() -> Path:
     Raises:
         CannotBuild: Neither can be written.
     """
-    found = _user_cache()
+    found = user_cache()
     candidates = [found / "ham" / "native"] if found is not None else []
     candidates.append(Path(tempfile.gettempdir()) / f"ham-native-{os.getuid()}")
     for folder in candidates:
@@ -142,7 +142,8 @@ def cache_folder() -> Path:
     raise CannotBuild(f"no folder for it can be written ({', '.join(map(str, candidates))})")
 
 
-def _user_cache() -> Path | None:
+def user_cache() -> Path | None:
+    """The user's folder of caches, XDG_CACHE_HOME or ~/.cache; None where there is none."""
     cache = os.environ.get("XDG_CACHE_HOME")
     if cache and Path(cache).is_absolute():
         return Path(cache)
