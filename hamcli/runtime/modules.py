@@ -26,6 +26,9 @@ class SparseLinear(nn.Module):
         choose: Which of them, or dense, for a number of rows.
     """
 
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
     def __init__(
         self, dense: nn.Module, is_transposed: bool, kernels: Mapping[str, Kernel], choose: Choose
     ) -> None:
@@ -51,7 +54,7 @@ class SparseLinear(nn.Module):
         return tuple(self._kernels)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out]."""
+        """Multiply x [..., in]; [..., out]."""
         if self.is_off or not self._may_be_sparse(x):
             return self.multiply_dense(x)
         rows = x.reshape(-1, self.in_features)
@@ -70,7 +73,8 @@ class SparseLinear(nn.Module):
         if not self.is_transposed:
             return functional.linear(x, self.weight, self.bias)
         rows = x.reshape(-1, self.in_features)
-        found = rows @ self.weight if self.bias is None else self.bias.addmm(rows, self.weight)  # type: ignore[attr-defined,unused-ignore]
+        bias = self.bias
+        found = rows @ self.weight if bias is None else torch.addmm(bias, rows, self.weight)
         return found.view(*x.shape[:-1], self.out_features)
 
     def _may_be_sparse(self, x: Tensor) -> bool:
