@@ -1,4 +1,4 @@
-"""Loading a model to be run: sparse modules where they pay on this machine, dense ones elsewhere."""
+"""Loading a model to be run: sparse modules where they pay on this machine, else dense ones."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -16,7 +16,7 @@ class SparseLinear(nn.Module):
     """Stands for an `nn.Linear` or a `Conv1D` of transformers, with the same parameters.
 
     The dense weight stays the parameter, so that state_dict, ties and save_pretrained give it back
-    bit for bit; the sparse forms beside it hold what is not zero. Dense is what runs when a gradient
+    bit for bit; the sparse forms beside it hold what is not zero. Dense runs when a gradient
     is asked for, when the weight was changed or moved, and for other dtypes than fp32.
 
     Args:
