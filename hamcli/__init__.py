@@ -16,10 +16,11 @@ _HOMES = {
     "ham_step_": "hamcli.optim",
     "HAMFactory": "hamcli.integration.trainer",
     "SparsityCallback": "hamcli.integration.trainer",
+    "load": "hamcli.runtime",
     "sparsify": "hamcli.pipeline",
 }
 
-__all__ = ["HAM", "HAMFactory", "SparsityCallback", "__version__", "ham_step_", "sparsify"]
+__all__ = ["HAM", "HAMFactory", "SparsityCallback", "__version__", "ham_step_", "load", "sparsify"]
 
 register_lazily()
 

@@ -59,6 +59,15 @@ class OneRun:
         """Training has ended."""
         self._progress.end_steps()
 
+    def begin_bytes(self, text: str, total: int) -> None:
+        """Not shown."""
+
+    def bytes_done(self, count: int) -> None:
+        """Not shown."""
+
+    def end_bytes(self) -> None:
+        """Not shown."""
+
     def note(self, text: str) -> None:
         """Something worth knowing, with the run it is about."""
         self._progress.note(f"{self._label}: {text}")

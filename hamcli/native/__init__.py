@@ -1,4 +1,4 @@
-"""The C++ extension: the fused step on a CPU, and the counts of exact selection.
+"""The C++ extension: the fused step on a CPU, counts for exact selection, sparse products.
 
 `operators` is the way in. It builds the extension on first use and gives None where that is not
 possible, for whatever reason; the callers have slower forms of everything. `operators_if_built` is

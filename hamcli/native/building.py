@@ -20,7 +20,9 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("step.cpp", "select.cpp", "planes.cpp"))
+SOURCES = tuple(
+    Path(__file__).parent / name for name in ("step.cpp", "select.cpp", "planes.cpp", "sparse.cpp")
+)
 LIBRARY = "ham_native.so"
 COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 600
@@ -129,7 +131,7 @@ def cache_folder() -> Path:
     Raises:
         CannotBuild: Neither can be written.
     """
-    found = _user_cache()
+    found = user_cache()
     candidates = [found / "ham" / "native"] if found is not None else []
     candidates.append(Path(tempfile.gettempdir()) / f"ham-native-{os.getuid()}")
     for folder in candidates:
@@ -142,7 +144,8 @@ def cache_folder() -> Path:
     raise CannotBuild(f"no folder for it can be written ({', '.join(map(str, candidates))})")
 
 
-def _user_cache() -> Path | None:
+def user_cache() -> Path | None:
+    """The user's folder of caches, XDG_CACHE_HOME or ~/.cache; None where there is none."""
     cache = os.environ.get("XDG_CACHE_HOME")
     if cache and Path(cache).is_absolute():
         return Path(cache)

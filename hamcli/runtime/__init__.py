@@ -1,0 +1,5 @@
+"""Running a sparse model faster than the dense one where that is possible on this CPU."""
+
+from hamcli.runtime.loading import RUNTIMES, dense_inside, load, use_runtime_
+
+__all__ = ["RUNTIMES", "dense_inside", "load", "use_runtime_"]

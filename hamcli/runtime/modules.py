@@ -1,0 +1,116 @@
+"""A linear module that multiplies by a sparse matrix where that is faster."""
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hamcli.runtime.kernels import Kernel
+
+Choose = Callable[["SparseLinear", int], str]
+"""A module and the number of rows -> name of a kernel, or "dense"."""
+
+
+class SparseLinear(nn.Module):
+    """Stands for an `nn.Linear` or a `Conv1D` of transformers, with the same parameters.
+
+    The dense weight stays the parameter, so that state_dict, ties and save_pretrained give it back
+    bit for bit; the sparse forms beside it hold what is not zero. Dense runs when a gradient
+    is asked for, when the weight was changed or moved, and for other dtypes than fp32.
+
+    Args:
+        dense: The module to stand for.
+        is_transposed: Whether its weight is [in, out], as that of Conv1D.
+        kernels: Name -> product with the weight.
+        choose: Which of them, or dense, for a number of rows.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self, dense: nn.Module, is_transposed: bool, kernels: Mapping[str, Kernel], choose: Choose
+    ) -> None:
+        super().__init__()
+        weight, bias = dense.weight, dense.bias
+        assert isinstance(weight, nn.Parameter)
+        assert bias is None or isinstance(bias, nn.Parameter)
+        self.weight = weight
+        self.register_parameter("bias", bias)
+        self.is_transposed = is_transposed
+        shape = weight.shape if not is_transposed else weight.shape[::-1]
+        self.out_features, self.in_features = shape
+        self.nx, self.nf = self.in_features, self.out_features  # as Conv1D calls them
+        self.sparsity = 1 - int(weight.count_nonzero()) / max(1, weight.numel())
+        self.is_off = False
+        self.training = dense.training
+        self._kernels, self._choose = dict(kernels), choose
+        self._made_of = _state(weight)
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """Names of the kernels that this weight has."""
+        return tuple(self._kernels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Multiply x [..., in]; [..., out]."""
+        if self.is_off or not self._may_be_sparse(x):
+            return self.multiply_dense(x)
+        rows = x.reshape(-1, self.in_features)
+        name = self._choose(self, rows.shape[0])
+        if name == "dense":
+            return self.multiply_dense(x)
+        return self.multiply(name, rows).view(*x.shape[:-1], self.out_features)
+
+    def multiply(self, name: str, rows: Tensor) -> Tensor:
+        """The product by one kernel: rows [n, in] -> [n, out]."""
+        bias = self.bias.detach() if self.bias is not None else None
+        return self._kernels[name](rows.detach().contiguous(), bias)
+
+    def multiply_dense(self, x: Tensor) -> Tensor:
+        """The product as the dense module makes it."""
+        if not self.is_transposed:
+            return functional.linear(x, self.weight, self.bias)
+        rows = x.reshape(-1, self.in_features)
+        bias = self.bias
+        found = rows @ self.weight if bias is None else torch.addmm(bias, rows, self.weight)
+        return found.view(*x.shape[:-1], self.out_features)
+
+    def _may_be_sparse(self, x: Tensor) -> bool:
+        needs_gradient = torch.is_grad_enabled() and (
+            x.requires_grad
+            or self.weight.requires_grad
+            or (self.bias is not None and self.bias.requires_grad)
+        )
+        is_plain = x.dtype == torch.float32 and x.device.type == "cpu"
+        is_mixed = torch.is_autocast_enabled("cpu")
+        return (
+            is_plain
+            and not needs_gradient
+            and not is_mixed
+            and x.numel() > 0
+            and _state(self.weight) == self._made_of
+        )
+
+    def extra_repr(self) -> str:
+        """What printing shows."""
+        made = ", ".join(self.backends)
+        return f"{self.in_features}, {self.out_features}, sparsity={self.sparsity:.3f}, {made}"
+
+
+def _state(weight: Tensor) -> tuple[object, ...]:
+    """Another one where a weight was changed in place, moved or exchanged."""
+    version = 0 if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.dtype, weight.device
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is exactly a Linear of torch, or a Conv1D of transformers."""
+    return type(module) is nn.Linear or is_conv1d(module)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is transformers' Conv1D, whose weight is [in, out]."""
+    kind = type(module)
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
