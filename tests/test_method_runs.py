@@ -16,6 +16,7 @@ from hamcli.planning import plan
 from hamcli.progress import Silent
 from hamcli.recipe import values_layer
 
+pytestmark = pytest.mark.slow
 RESNET = str(Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny")
 SETTINGS = {
     "training.batch_size": 4,
@@ -61,7 +62,7 @@ def test_a_method_stopped_and_resumed_gives_the_bytes_of_one_run(method, tmp_pat
     assert report.training.ham is not None
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["ac-dc", "str", "pilot"])
 def test_a_method_goes_without_ham(method, tmp_path):
     assert exact(run(tmp_path / "out", method=method, settings=OFF)).training.ham is None
 

@@ -15,6 +15,8 @@ from hamcli.opening import open_run
 from hamcli.progress import Silent
 from tests.comparison.conftest import SETTINGS
 
+pytestmark = pytest.mark.slow
+
 SMALL = Grid(("gradual",), (0.8,), (0, 1), (False, True), trials=2)
 
 

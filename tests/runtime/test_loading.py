@@ -1,4 +1,4 @@
-"""Models of several families through `hamcli.load`: the dense outputs, and the dense weights back."""
+"""Models of several families by `hamcli.load`: the dense outputs, and the dense weights back."""
 
 import pytest
 import torch
