@@ -17,10 +17,10 @@ from typing import Any
 
 import torch
 
+from hamcli.benchmarking.measuring import VariantCost
 from hamcli.benchmarking.model import environment
-from hamcli.benchmarking.selection import SelectionCost, SelectionVariant, bench_selection
+from hamcli.benchmarking.selection import SelectionCost, bench_selection
 from hamcli.benchmarking.step import StepCost, bench_step
-from hamcli.benchmarking.step import VariantCost as StepVariant
 
 RESULTS = Path(__file__).parent / "results"
 CONFIGS = {
@@ -49,7 +49,7 @@ def training_pass(model: torch.nn.Module) -> Callable[[], None]:
     return train
 
 
-def show_rows(head: str, variants: Sequence[StepVariant | SelectionVariant]) -> None:
+def show_rows(head: str, variants: Sequence[VariantCost]) -> None:
     """One table."""
     columns = f"{'ms':>8s} {'ratio':>6s} {'fastest':>7s}  {'tenth..ninetieth':>16s}"
     print(f"\n{head}\n  {'':18s} {columns} {'extra MiB':>9s}")

@@ -355,13 +355,24 @@ class LeftColumn(TimeRemainingColumn):
         return Text.assemble(super().render(task), (" left", "dim"))
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Table:
     """A table whose first column is text and whose others are numbers."""
-    made = Table(
-        title=title or None, title_justify="left", box=None, pad_edge=False, padding=(0, 2)
-    )
+    made = Table(box=None, pad_edge=False, padding=(0, 2))
     for index, column in enumerate(columns):
         made.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return _filled(made, rows)
+
+
+def facts(rows: Iterable[Sequence[object]]) -> Table:
+    """A line a fact: its name, its value and, where there is one, a word on it; no headings."""
+    made = Table(box=None, pad_edge=False, padding=(0, 2), show_header=False)
+    lines = list(rows)
+    for _ in lines[0]:
+        made.add_column(overflow="fold")
+    return _filled(made, lines)
+
+
+def _filled(made: Table, rows: Iterable[Sequence[object]]) -> Table:
     for row in rows:
         made.add_row(*(Text(printable(str(cell))) for cell in row))
     return made

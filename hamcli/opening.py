@@ -19,6 +19,7 @@ from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe, read_recipe, recipe_layer, values_layer
 from hamcli.recipe.text import KeyPath, Parsed
 from hamcli.runstate import RunIdentity, installed_versions
+from hamcli.sparsity.masks import Rules, make_rules
 from hamcli.sparsity.methods import settled_allocation
 from hamcli.sparsity.targets import Targets, select_targets
 
@@ -136,6 +137,25 @@ def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Re
             ),
             "targets": recipe.targets.model_copy(update={"exclude": tuple(targets.exclude)}),
         }
+    )
+
+
+def rules_of(opened: Opened, outliers: Sequence[float] | None = None) -> Rules:
+    """Where zeros may lie and how many, as the recipe says.
+
+    Args:
+        opened: The run.
+        outliers: Share of outliers of each target; `owl` needs them.
+    """
+    section = opened.recipe.sparsity
+    return make_rules(
+        opened.targets,
+        target=section.target,
+        allocation=section.allocation,
+        pattern=section.pattern,
+        min_sparsity=section.min_sparsity,
+        max_sparsity=section.max_sparsity,
+        outliers=outliers,
     )
 
 

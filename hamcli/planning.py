@@ -7,12 +7,11 @@ import torch
 
 from hamcli.data import batch
 from hamcli.objective import make_teacher
-from hamcli.opening import Opened, objective_of, open_run
+from hamcli.opening import Opened, objective_of, open_run, rules_of
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
 from hamcli.sparsity.catalogue import COPIES
 from hamcli.sparsity.factors import KINDS
-from hamcli.sparsity.masks import make_rules
 
 TRIED_STEPS = 2
 WEIGHT_COPIES = 5  # weights, gradients, two moments, teacher
@@ -62,14 +61,7 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
     opened = open_run(read, progress, hashed=False)
     recipe, targets, model = opened.recipe, opened.targets, opened.loaded.model
     section = recipe.sparsity
-    rules = make_rules(
-        targets,
-        target=section.target,
-        allocation=section.allocation,
-        pattern=section.pattern,
-        min_sparsity=section.min_sparsity,
-        max_sparsity=section.max_sparsity,
-    )
+    rules = rules_of(opened)
     parameters = sum(param.numel() for param in model.parameters())
     progress.stage("trying two steps")
     seconds = _step_seconds(opened) * recipe.training.steps * recipe.training.accumulation

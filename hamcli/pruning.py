@@ -14,7 +14,7 @@ from hamcli.evaluation import Quality, drop, measure
 from hamcli.finishing import finish_folder, reload, write_folder
 from hamcli.layerwise import prune_layers_
 from hamcli.objective import make_teacher
-from hamcli.opening import Opened, open_run, public_recipe, run_identity
+from hamcli.opening import Opened, open_run, public_recipe, rules_of, run_identity
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe
 from hamcli.recipe.schema import WITHOUT_TRAINING
@@ -24,7 +24,6 @@ from hamcli.sparsity.catalogue import make_score
 from hamcli.sparsity.masks import (
     apply_masks_,
     choose_masks,
-    make_rules,
     nonzero_masks,
     num_dropped,
     zeros_at_end,
@@ -107,15 +106,7 @@ def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
     looks = is_layerwise or section.score == "wanda" or section.allocation == "owl"
     inputs = calibrate(opened, device, full=section.method == "sparsegpt") if looks else None
     shares = outliers(targets, inputs) if inputs is not None else None
-    rules = make_rules(
-        targets,
-        target=section.target,
-        allocation=section.allocation,
-        pattern=section.pattern,
-        min_sparsity=section.min_sparsity,
-        max_sparsity=section.max_sparsity,
-        outliers=shares,
-    )
+    rules = rules_of(opened, shares)
     if is_layerwise:
         assert inputs is not None
         return prune_layers_(section.method, targets, rules, inputs)

@@ -1,8 +1,6 @@
 """Each method, score, allocation and pattern on the main road, small: exact, resumable, honest."""
 
 import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +13,7 @@ from hamcli.pipeline import sparsify
 from hamcli.planning import plan
 from hamcli.progress import Silent
 from hamcli.recipe import values_layer
+from tests.stopping import StopsAt
 
 pytestmark = pytest.mark.slow
 RESNET = str(Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny")
@@ -27,15 +26,6 @@ SETTINGS = {
 }
 OFF = {"optimizer.ham.alpha": 0.0, "optimizer.ham.beta": 0.0}
 METHODS = ("random", "ac-dc", "rigl", "cyclic", "str", "spred", "pilot", "sign-in", "ast")
-
-
-class StopsAt(Silent):
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, record):
-        if record.step == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(out, **more):

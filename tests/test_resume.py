@@ -11,7 +11,7 @@ import pytest
 
 from hamcli.errors import Preempted, UsageError
 from hamcli.pipeline import sparsify
-from hamcli.progress import Silent
+from tests.stopping import StopsAt
 
 RESNET = str(Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny")
 SETTINGS = {
@@ -20,17 +20,6 @@ SETTINGS = {
     "training.checkpoint_every": 4,
     "evaluation.examples": 16,
 }
-
-
-class StopsAt(Silent):
-    """Sends this process a SIGTERM at one step."""
-
-    def __init__(self, step):
-        self.at = step
-
-    def step(self, record):
-        if record.step == self.at:
-            os.kill(os.getpid(), signal.SIGTERM)
 
 
 def run(out, **more):

@@ -5,6 +5,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +29,45 @@ def time_rounds(jobs: Mapping[str, Job], *, rounds: int, clock: Clock) -> dict[s
             job()
             times[name].append(now() - began)
     return times
+
+
+@dataclass(frozen=True, slots=True)
+class VariantCost:
+    """Time and memory of one of several jobs beside another.
+
+    Attributes:
+        name: Which.
+        seconds: Median.
+        spread: Tenth and ninetieth percentile of it.
+        ratio: Median over that of the other.
+        fastest_ratio: Least time over that of the other: what a loaded machine hides least.
+        ratio_spread: Tenth and ninetieth percentile of the ratio inside one round.
+        extra_bytes: Peak memory above what was there before; None where unknown.
+    """
+
+    name: str
+    seconds: float
+    spread: tuple[float, float]
+    ratio: float
+    fastest_ratio: float
+    ratio_spread: tuple[float, float]
+    extra_bytes: int | None
+
+
+def cost_of(
+    name: str, times: Mapping[str, Sequence[float]], beside: str, extra_bytes: int | None
+) -> VariantCost:
+    """The cost of the job `name` over that of the job `beside`, from the times of all."""
+    own, measure = times[name], times[beside]
+    return VariantCost(
+        name=name,
+        seconds=statistics.median(own),
+        spread=spread(own),
+        ratio=statistics.median(own) / statistics.median(measure),
+        fastest_ratio=min(own) / min(measure),
+        ratio_spread=ratio_spread(own, measure),
+        extra_bytes=extra_bytes,
+    )
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:

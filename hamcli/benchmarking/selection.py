@@ -8,7 +8,6 @@ masks, masked      the same where half of the zeros lie in masks already
 """
 
 import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -18,8 +17,9 @@ import torch
 from hamcli.benchmarking.measuring import (
     Clock,
     Job,
+    VariantCost,
+    cost_of,
     extra_peak_bytes,
-    ratio_spread,
     time_rounds,
 )
 from hamcli.native import selection
@@ -27,28 +27,6 @@ from hamcli.sparsity.score import Scores
 from hamcli.sparsity.select import find_threshold, global_masks, num_zeros
 
 SPARSITY = 0.9
-
-
-@dataclass(frozen=True, slots=True)
-class SelectionVariant:
-    """Time and memory of one form.
-
-    Attributes:
-        name: Which.
-        seconds: Median.
-        ratio: Median over that of the radix alone.
-        fastest_ratio: Least time over that of the radix alone.
-        ratio_spread: Tenth and ninetieth percentile of the ratio inside one round.
-        extra_bytes: Peak memory above what was there before, the masks made among it; None where
-            unknown.
-    """
-
-    name: str
-    seconds: float
-    ratio: float
-    fastest_ratio: float
-    ratio_spread: tuple[float, float]
-    extra_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +47,7 @@ class SelectionCost:
     threads: int
     clock: str
     mask_bytes: int
-    variants: tuple[SelectionVariant, ...]
+    variants: tuple[VariantCost, ...]
 
     def as_json(self) -> dict[str, Any]:
         """Plain values."""
@@ -110,22 +88,11 @@ def bench_selection(
     }
     extra = {name: extra_peak_bytes(job) for name, job in jobs.items()}
     times = time_rounds(jobs, rounds=rounds, clock=clock)
-    measure = times["radix"]
     return SelectionCost(
         num_weights=total,
         dtype=str(dtype).removeprefix("torch."),
         threads=torch.get_num_threads(),
         clock=clock,
         mask_bytes=sum(math.prod(weight.shape) for weight in weights),
-        variants=tuple(
-            SelectionVariant(
-                name,
-                statistics.median(own),
-                statistics.median(own) / statistics.median(measure),
-                min(own) / min(measure),
-                ratio_spread(own, measure),
-                extra[name],
-            )
-            for name, own in times.items()
-        ),
+        variants=tuple(cost_of(name, times, "radix", extra[name]) for name in times),
     )

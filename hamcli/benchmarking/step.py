@@ -25,9 +25,9 @@ from torch import Tensor, nn
 from hamcli import native
 from hamcli.benchmarking.measuring import (
     Clock,
+    VariantCost,
+    cost_of,
     extra_peak_bytes,
-    ratio_spread,
-    spread,
     time_rounds,
 )
 from hamcli.optim import HAM, ExponentStatistics, cpu, fused
@@ -41,29 +41,6 @@ SMALL = 1 << 20  # weights of a tensor whose exponents are looked at
 FORMS = ("native", "blocks")  # what the optimizer itself would take, the first that is there
 
 Base = Literal["adamw", "adam", "sgd"]
-
-
-@dataclass(frozen=True, slots=True)
-class VariantCost:
-    """Time and memory of one variant.
-
-    Attributes:
-        name: Which.
-        seconds: Median of a step.
-        spread: Tenth and ninetieth percentile of it.
-        ratio: Median over that of torch fused.
-        fastest_ratio: Least time over that of torch fused: what a loaded machine hides least.
-        ratio_spread: Tenth and ninetieth percentile of the ratio inside one round.
-        extra_bytes: Peak memory of a step above what was there before; None where unknown.
-    """
-
-    name: str
-    seconds: float
-    spread: tuple[float, float]
-    ratio: float
-    fastest_ratio: float
-    ratio_spread: tuple[float, float]
-    extra_bytes: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +123,7 @@ def bench_step(
         train()
     times = time_rounds(steps, rounds=rounds, clock=clock)
     training = statistics.median(times.pop("training")) if train is not None else None
-    costs = tuple(_cost(name, times, extra[name]) for name in times)
+    costs = tuple(cost_of(name, times, "torch fused", extra[name]) for name in times)
     best = next((cost.seconds for name in FORMS for cost in costs if cost.name == name), None)
     return StepCost(
         base=base,
@@ -160,19 +137,6 @@ def bench_step(
         training_seconds=training,
         step_share=None if training is None or best is None else best / (best + training),
         exponents=_exponents(shapes, dtype),
-    )
-
-
-def _cost(name: str, times: dict[str, list[float]], extra_bytes: int | None) -> VariantCost:
-    own, measure = times[name], times["torch fused"]
-    return VariantCost(
-        name=name,
-        seconds=statistics.median(own),
-        spread=spread(own),
-        ratio=statistics.median(own) / statistics.median(measure),
-        fastest_ratio=min(own) / min(measure),
-        ratio_spread=ratio_spread(own, measure),
-        extra_bytes=extra_bytes,
     )
 
 

@@ -31,7 +31,8 @@ from hamcli.checkpoint.folder import (
     sha256,
 )
 from hamcli.checkpoint.headers import read_header
-from hamcli.checkpoint.loading import DTYPE_NAMES, TORCH_DTYPES, quiet_transformers
+from hamcli.checkpoint.loading import DTYPE_NAMES, quiet_transformers
+from hamcli.checkpoint.reading import TORCH_DTYPES
 from hamcli.checkpoint.source import Source
 from hamcli.errors import ResourceError
 

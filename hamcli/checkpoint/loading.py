@@ -7,50 +7,35 @@ folder can be followed, and what it reports about names is held to be an error, 
 
 import copy
 import inspect
-import json
-import os
-import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from logging import CRITICAL
-from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from hamcli.checkpoint.config import TASKS, clean_config, clean_tokenizer_config, infer_task
+from hamcli.checkpoint.config import TASKS, clean_config, infer_task
 from hamcli.checkpoint.folder import (
     CONFIG,
-    PROCESSOR,
-    TOKENIZER,
-    VOCABULARIES,
-    find_file,
-    read_bytes,
-    read_json,
 )
-from hamcli.checkpoint.headers import FLOATS, TensorInfo, open_regular, read_exactly
-from hamcli.checkpoint.packed.files import read_packed_into
-from hamcli.checkpoint.packed.planes import UNSIGNED
+from hamcli.checkpoint.headers import FLOATS
+from hamcli.checkpoint.preprocessing import (
+    find_image_processor,
+    find_tokenizer,
+)
+from hamcli.checkpoint.reading import (
+    TORCH_DTYPES,
+    LazyTensor,
+    lazy_tensors,
+)
 from hamcli.checkpoint.source import Source
 from hamcli.errors import HamError, InputRefused, ResourceError
 
 __all__ = ["LoadedModel", "has_head", "load_model", "quiet_transformers"]
 
-TORCH_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 DTYPE_NAMES = {
     "float32": torch.float32,
     "bfloat16": torch.bfloat16,
@@ -127,8 +112,8 @@ def load_model(
         raise InputRefused("E423", "no such task", task, right=" or ".join(TASKS))
     with quiet_transformers():
         loaded = _load(source, task, dtype, id2label, allow_new_head, seed)
-        tokenizer, no_tokenizer = _tokenizer(source, task, loaded.model)
-        processor, no_processor = _image_processor(source, loaded.model)
+        tokenizer, no_tokenizer = find_tokenizer(source, task, loaded.model)
+        processor, no_processor = find_image_processor(source, loaded.model)
     return LoadedModel(
         model=loaded.model,
         tokenizer=tokenizer,
@@ -192,7 +177,7 @@ def _load(
     body = _Body(skeleton)
     tensors = {
         name: tensor
-        for name, tensor in _lazy_tensors(source).items()
+        for name, tensor in lazy_tensors(source).items()
         if not (replace_head and body.is_head(name) and not _is_pooler(name))
     }
     _refuse_twins(source, tensors, body.prefix)
@@ -322,74 +307,13 @@ def _is_pooler(name: str) -> bool:
 # ---- reading ----
 
 
-class _LazyTensor:
-    """A tensor of the file, read when transformers asks for it."""
-
-    def __init__(self, path: Path, info: TensorInfo, stamp: tuple[int, ...]) -> None:
-        self.path, self.info, self.stamp = path, info, stamp
-        self.was_read = False
-
-    def __getitem__(self, _: Any) -> Tensor:
-        self.was_read = True
-        return read_tensor(self.path, self.info, self.stamp)
-
-    def get_shape(self) -> list[int]:
-        return list(self.info.shape)
-
-
-def read_tensor(path: Path, info: TensorInfo, stamp: tuple[int, ...] | None = None) -> Tensor:
-    """The tensor `info` of the file at `path`, in memory of its own.
-
-    Nothing is mapped: a file that is cut short meanwhile is an error, not a signal.
-
-    Raises:
-        InputRefused: The file is no longer the one with this `stamp`.
-    """
-    dtype = TORCH_DTYPES.get(info.dtype)
-    if dtype is None:
-        raise InputRefused(
-            "E428", "tensor of a dtype that cannot be trained", f"{path}: {info.name}", info.dtype
-        )
-    tensor = torch.empty(info.shape, dtype=dtype)
-    raw: Any = tensor.reshape(-1).view(torch.uint8).numpy()
-    with open_regular(path) as handle:
-        done = info.end - info.begin
-        if info.is_packed:
-            read_packed_into(handle, path, info, raw.view(UNSIGNED[tensor.element_size()]))
-        else:
-            # an empty array has no memory to view
-            done = read_exactly(handle, memoryview(raw), info.begin) if info.total else 0
-        if done != info.end - info.begin or (stamp is not None and stamp != _stamp(handle)):
-            raise InputRefused(
-                "E416", "the file changed while it was read", path, right="a file at rest"
-            )
-    return tensor
-
-
-def _stamp(handle: int) -> tuple[int, ...]:
-    status = os.fstat(handle)
-    return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _lazy_tensors(source: Source) -> dict[str, _LazyTensor]:
-    tensors = {}
-    for header in source.headers:
-        with open_regular(header.path) as handle:
-            stamp = _stamp(handle)
-        if stamp[1] != header.file_bytes:
-            raise InputRefused("E416", "the file changed while it was read", header.path)
-        for info in header.tensors:
-            tensors[info.name] = _LazyTensor(header.path, info, stamp)
-    return tensors
-
-
 def _read_weights(
     source: Source,
     model_class: Any,
     config: Any,
     arguments: dict[str, Any],
     dtype: torch.dtype,
-    tensors: dict[str, _LazyTensor],
+    tensors: dict[str, LazyTensor],
     seed: int,
 ) -> tuple[Any, dict[str, Any]]:
     with _hostile(source, "its weights cannot be loaded"), torch.random.fork_rng(devices=[]):
@@ -514,7 +438,7 @@ def _shape(shape: Any) -> str:
     return "?" if shape is None else str(list(shape))
 
 
-def _check_dtypes(source: Source, model: Any, tensors: Mapping[str, _LazyTensor]) -> None:
+def _check_dtypes(source: Source, model: Any, tensors: Mapping[str, LazyTensor]) -> None:
     """Refuse integers and 8-bit floats that were cast into a floating-point weight."""
     integer_slots = {
         name.rpartition(".")[2]
@@ -575,83 +499,3 @@ def _hostile(source: Source, what: str) -> Iterator[None]:
             raise ResourceError("E543", "not enough memory for the model", source.id) from error
         why = f"{what}: {type(error).__name__}: {' '.join(str(error).split())[:160]}"
         raise InputRefused("E431", "model refused by transformers", source.id, why) from error
-
-
-# ---- tokenizer and image processor ----
-
-
-def _tokenizer(source: Source, task: str, model: Any) -> tuple[Any | None, str]:
-    """The tokenizer, or None and why: for data that need none this is no error."""
-    if task == "image-classification":
-        return None, "images need none"
-    names = [name for name in TOKENIZER if find_file(source.folder, name)]
-    if not {*VOCABULARIES, "tokenizer_config.json"}.intersection(names):
-        return None, f"no tokenizer files in {source.folder}"
-    from transformers import AutoTokenizer
-
-    tokenizer, why = _from_view(source, names, AutoTokenizer, config=model.config)
-    if tokenizer is None:
-        return None, why
-    if misfit := _misfit(tokenizer, model):
-        return None, misfit
-    tokenizer.name_or_path = source.id
-    return tokenizer, ""
-
-
-def _misfit(tokenizer: Any, model: Any) -> str:
-    """Why the tokenizer cannot be the model's: AutoTokenizer may make an empty one in silence."""
-    embedding = model.get_input_embeddings()
-    rows = getattr(getattr(embedding, "weight", None), "shape", (0,))[0]
-    if rows == 0:
-        return ""
-    tokens = len(tokenizer)
-    if tokenizer.vocab_size > rows or 2 * tokens < rows:
-        return f"the tokenizer found has {tokens} tokens, the model {rows}"
-    return ""
-
-
-def _image_processor(source: Source, model: Any) -> tuple[Any | None, str]:
-    if getattr(model, "main_input_name", "") != "pixel_values":
-        return None, "no images"
-    names = [name for name in PROCESSOR if find_file(source.folder, name)]
-    if not names:
-        return None, f"no {PROCESSOR[0]} in {source.folder}"
-    from transformers import AutoImageProcessor
-
-    return _from_view(source, names, AutoImageProcessor, backend="pil")
-
-
-def _from_view(
-    source: Source, names: Sequence[str], auto_class: Any, **arguments: Any
-) -> tuple[Any | None, str]:
-    """What `auto_class` makes of copies of the files `names`, in a folder that holds nothing else.
-
-    So a file of another name, a path in a config or a link cannot be followed.
-    """
-    with tempfile.TemporaryDirectory(prefix="ham-") as folder:
-        view = Path(folder)
-        try:
-            for name in names:
-                (view / name).write_bytes(_clean_copy(source.folder, name))
-            (view / CONFIG).write_text(_json(source.config), encoding="utf-8")
-            made = auto_class.from_pretrained(
-                view, trust_remote_code=False, local_files_only=True, **arguments
-            )
-        except InputRefused as error:
-            raise error
-        except Exception as error:  # noqa: BLE001 - these files are a stranger's too
-            first = (str(error).strip().splitlines() or [""])[0]
-            return None, f"{type(error).__name__}: {first.replace(folder, '')[:160]}"
-    return made, ""
-
-
-def _clean_copy(folder: Path, name: str) -> bytes:
-    path = find_file(folder, name)
-    assert path is not None  # listed a moment ago
-    if name.endswith("_config.json"):
-        return _json(clean_tokenizer_config(read_json(path, name, code="E432"))).encode()
-    return read_bytes(path)
-
-
-def _json(value: dict[str, Any]) -> str:
-    return json.dumps(value, ensure_ascii=False)

@@ -5,14 +5,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jinja2
-
 from hamcli import __version__
 from hamcli.comparison.cells import write_whole
 from hamcli.comparison.grid import DENSE, Arm
 from hamcli.comparison.records import Comparison, Mean, Spread, Tuning
 from hamcli.report import charts, wording
 from hamcli.report.html import Figure
+from hamcli.report.page import render_page
 
 PAGE, DOCUMENT, TABLE = "compare.html", "compare.json", "table.md"
 COLOURS = 7  # of the style sheet; more methods begin again with the first
@@ -192,20 +191,6 @@ def _cell(text: str) -> str:
 
 def render(found: Comparison) -> str:
     """The page, as text: self-contained, without a script, for light and dark."""
-    loaders = [
-        jinja2.PackageLoader("hamcli.comparison", ""),
-        jinja2.PackageLoader("hamcli.report", ""),
-    ]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for word in ("name", "sentence", "percent", "count", "number", "megabytes", "shape"):
-        environment.filters[word] = getattr(wording, word)
     view: dict[str, Any] = {
         "about": describe(found),
         "figures": [one for one in (_quality_figure(found), _pair_figure(found)) if one],
@@ -220,7 +205,7 @@ def render(found: Comparison) -> str:
         "better": "higher is better" if found.higher_is_better else "lower is better",
         "version": __version__,
     }
-    return environment.get_template("compare.html.j2").render(view)
+    return render_page("compare.html.j2", view, room="hamcli.comparison")
 
 
 def _styles(found: Comparison) -> dict[Arm, str]:

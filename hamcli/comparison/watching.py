@@ -2,7 +2,7 @@
 
 import time
 
-from hamcli.progress import Progress, StepRecord
+from hamcli.progress import Progress, Silent, StepRecord
 
 
 class RunCounter:
@@ -38,14 +38,11 @@ class RunCounter:
         self.seconds += time.monotonic() - self._began
 
 
-class OneRun:
+class OneRun(Silent):
     """Lets the steps and warnings of a run through; its parts would drown the list of runs."""
 
     def __init__(self, progress: Progress, label: str) -> None:
         self._progress, self._label = progress, label
-
-    def stage(self, text: str) -> None:
-        """Not shown."""
 
     def begin_steps(self, *, steps: int, done: int, target: float) -> None:
         """Training begins."""
@@ -58,15 +55,6 @@ class OneRun:
     def end_steps(self) -> None:
         """Training has ended."""
         self._progress.end_steps()
-
-    def begin_bytes(self, text: str, total: int) -> None:
-        """Not shown."""
-
-    def bytes_done(self, count: int) -> None:
-        """Not shown."""
-
-    def end_bytes(self) -> None:
-        """Not shown."""
 
     def note(self, text: str) -> None:
         """Something worth knowing, with the run it is about."""

@@ -1,26 +1,9 @@
 """HAM as a torch optimizer: groups, state, masks, and which backend does the arithmetic.
 
-Each step: base step, mirror step on the mirrored weights, mask; `rule` has the equations. How
-strong the mirror step is, `alpha`, `scaling` and `strength` say:
-
-    raw         alpha as given: the paper's rule
-    calibrated  alpha = strength / (lr_peak * mean|g|), one number for all groups: at the peak
-                learning rate the mean |exponent| is `strength`, on every model. The mean runs over
-                the first ten steps, each of which uses the mean so far, and is then frozen
-    normalised  alpha = strength / (lr_peak * rms(g)) for each tensor, anew on every step. Ours,
-                not the paper's
-
-In fp32 a decay of lr * beta = 1e-8 a step is below the last digit of every weight, and would be
-lost. Hence the decay of a step is
-
-    b = lr * beta + u(step) - u(step - 1),    u between 0 and the dtype's epsilon
-
-with u a fixed pseudo-random sequence. The differences cancel in the sum, so that the weights shrink
-by exp(-sum of lr * beta), and they shake every weight by about its last digit, so that the rounding
-errors of many steps average out instead of all going one way. It costs no memory and no time.
+Each step: base step, mirror step on the mirrored weights, mask; `rule` has the equations, and
+`exponents` says how strong the mirror step is.
 """
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import ModuleType
@@ -30,14 +13,21 @@ import torch
 from torch import Tensor
 
 from hamcli.optim import cpu, fused, plain
+from hamcli.optim.exponents import (
+    CALIBRATION_STEPS,
+    alpha_now,
+    calibrate,
+    decay_now,
+    has_mirrored,
+    is_guarded,
+    mirrors,
+    require,
+    settle,
+    scaled_alphas,
+)
 
-ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
-BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
-CLAMPS = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
-STRENGTHS = {"calibrated": 0.004, "normalised": 0.008}
 WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
 BACKENDS = ("auto", "rule", "cpu", "gpu")
-CALIBRATION_STEPS = 10
 GUARD_EVERY = 10  # steps
 GUARD_LIMIT = 0.05  # a mean |exponent| above it lets tensors collapse
 LOW_PRECISION = (torch.bfloat16, torch.float16)
@@ -45,11 +35,6 @@ LOW_PRECISION = (torch.bfloat16, torch.float16)
 Base = Literal["adamw", "adam", "sgd"]
 Scaling = Literal["auto", "raw", "calibrated", "normalised"]
 Backend = Literal["auto", "rule", "cpu", "gpu"]
-
-
-def choose_automatic_scaling() -> tuple[Literal["calibrated", "normalised"], float]:
-    """What `scaling="auto"` means where alpha is not given: a scaling and its strength."""
-    return "calibrated", 0.004
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,9 +128,9 @@ class HAM(torch.optim.Optimizer):
         clamp: float | None = None,
         backend: Backend = "auto",
     ) -> None:
-        _require(base in WEIGHT_DECAYS, f"base is {base!r}: adamw, adam or sgd is needed")
-        _require(backend in BACKENDS, f"backend is {backend!r}: one of {', '.join(BACKENDS)}")
-        _require(base == "sgd" or not momentum, f"momentum is of sgd, not of {base}")
+        require(base in WEIGHT_DECAYS, f"base is {base!r}: adamw, adam or sgd is needed")
+        require(backend in BACKENDS, f"backend is {backend!r}: one of {', '.join(BACKENDS)}")
+        require(base == "sgd" or not momentum, f"momentum is of sgd, not of {base}")
         defaults = {
             "lr": lr,
             "weight_decay": WEIGHT_DECAYS[base] if weight_decay is None else weight_decay,
@@ -187,7 +172,7 @@ class HAM(torch.optim.Optimizer):
         """
         super().add_param_group(param_group)
         try:
-            _settle(self.param_groups[-1])
+            settle(self.param_groups[-1])
         except ValueError:
             self.param_groups.pop()
             raise
@@ -216,7 +201,7 @@ class HAM(torch.optim.Optimizer):
         batches = [self._collect(group) for group in self.param_groups]
         norms = [[_norms(group, batch) for batch in of_group]
                  for group, of_group in zip(self.param_groups, batches, strict=True)]  # fmt: skip
-        _calibrate(self.param_groups, norms)
+        calibrate(self.param_groups, norms)
         is_measured = self._is_measured or self._guard_is_due()
         sums = [_no_sums() if is_measured else None for _ in self.param_groups]
         for group, of_group, of_norms, of_sums in zip(
@@ -239,11 +224,11 @@ class HAM(torch.optim.Optimizer):
         for param in group["params"]:
             if param.grad is None:
                 continue
-            _require(not param.grad.is_sparse, "HAM takes no sparse gradients")
+            require(not param.grad.is_sparse, "HAM takes no sparse gradients")
             state = self.state[param]
             is_first = self._base == "sgd" and "momentum_buffer" not in state
             self._make_state(group, param, state)
-            is_mirrored = _is_mirrored(group, param)
+            is_mirrored = mirrors(group, param)
             weight = _local(state.get("ham_master", param)).detach()
             key = (is_mirrored, is_first, weight.dtype, weight.device)
             if key not in batches:
@@ -274,13 +259,13 @@ class HAM(torch.optim.Optimizer):
         name = self._backend
         if name == "rule":
             return plain
-        _require(on_cpu or name != "cpu", f"backend cpu cannot step {weight.device.type} weights")
+        require(on_cpu or name != "cpu", f"backend cpu cannot step {weight.device.type} weights")
         if on_cpu and name != "gpu":
             return fused if fused.is_usable() else cpu
         from hamcli.optim import gpu  # numpy and more, that a CPU has no use for
 
         is_usable = gpu.is_usable(weight)
-        _require(
+        require(
             is_usable or name == "auto",
             f"backend gpu needs Triton and a CUDA device; the weights are {weight.dtype} on "
             f"{weight.device.type}",
@@ -300,8 +285,8 @@ class HAM(torch.optim.Optimizer):
         common = {
             "masks": batch.masks,
             "rounded": batch.rounded,
-            "a": _strengths(group, norms) if batch.is_mirrored else [0.0] * count,
-            "b": _decay(group, dtype) if batch.is_mirrored else 0.0,
+            "a": scaled_alphas(group, norms) if batch.is_mirrored else [0.0] * count,
+            "b": decay_now(group, dtype) if batch.is_mirrored else 0.0,
             "clamp": group["clamp"],
             "lr": lr,
             "weight_decay": group["weight_decay"],
@@ -352,7 +337,7 @@ class HAM(torch.optim.Optimizer):
     def _guard_is_due(self) -> bool:
         """Whether the coming step is one after which the guard looks."""
         return any(
-            _is_guarded(group) and (group["ham_step"] + 1) % GUARD_EVERY == 0
+            is_guarded(group) and (group["ham_step"] + 1) % GUARD_EVERY == 0
             for group in self.param_groups
         )
 
@@ -360,12 +345,12 @@ class HAM(torch.optim.Optimizer):
         """The statistics of the step just done; then the guard acts, for the next one."""
         found = [of_group.tolist() for of_group in sums]
         groups = self.param_groups
-        alphas = {_alpha(group) for group in groups if _has_mirrored(group)}
-        guarded = [f for f, group in zip(found, groups, strict=True) if _is_guarded(group)]
+        alphas = {alpha_now(group) for group in groups if has_mirrored(group)}
+        guarded = [f for f, group in zip(found, groups, strict=True) if is_guarded(group)]
         size = sum(f[0] for f in guarded) / max(sum(f[3] for f in guarded), 1)
         if not size <= GUARD_LIMIT:
             for group in groups:
-                if _is_guarded(group):
+                if is_guarded(group):
                     group["ham_alpha_factor"] /= 2
                     group["ham_guard_events"] += 1
         count = max(sum(f[3] for f in found), 1)
@@ -394,10 +379,10 @@ class HAM(torch.optim.Optimizer):
         """
         ours = {param for group in self.param_groups for param in group["params"]}
         for param, mask in masks.items():
-            _require(param in ours, "a mask names a parameter that this optimizer does not hold")
+            require(param in ours, "a mask names a parameter that this optimizer does not hold")
             if mask is not None:
-                _require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
-                _require(
+                require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
+                require(
                     mask.shape == param.shape,
                     f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(param.shape)}",
                 )
@@ -437,7 +422,7 @@ class HAM(torch.optim.Optimizer):
         try:
             for group in state_dict["param_groups"]:
                 base = group.get("base")
-                _require(base == self._base, f"the state is of base {base}, not of {self._base}")
+                require(base == self._base, f"the state is of base {base}, not of {self._base}")
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
@@ -496,71 +481,6 @@ def ham_step_(
         )
 
 
-def _require(holds: bool, what: str) -> None:
-    if not holds:
-        raise ValueError(what)
-
-
-def _settle(group: dict[str, Any]) -> None:
-    """Check a group's options, decide those that are automatic, begin its counters."""
-    alpha, scaling = group["alpha"], group["scaling"]
-    _require(scaling in ("auto", *CLAMPS), f"scaling is {scaling!r}: auto, {', '.join(CLAMPS)}")
-    if alpha != "auto":
-        _require(
-            scaling in ("auto", "raw") or alpha == 0,
-            f"alpha is {alpha}, but scaling {scaling} finds its own: give strength instead",
-        )
-        scaling = "raw"
-    elif scaling == "auto":
-        scaling, strength = choose_automatic_scaling()
-        group["strength"] = strength if group["strength"] is None else group["strength"]
-    elif scaling == "raw":
-        group["alpha"] = ALPHA_PUBLISHED
-    group["scaling"] = scaling
-    group["beta"] = BETA_PUBLISHED if group["beta"] == "auto" else group["beta"]
-    group["clamp"] = CLAMPS[scaling] if group["clamp"] is None else group["clamp"]
-    if group["strength"] is None:
-        group["strength"] = STRENGTHS.get(scaling)
-    group.setdefault("lr_peak", float(group["lr"]))
-    _check(group)
-    for key, start in (
-        ("ham_step", 0),
-        ("ham_calibration_steps", 0),
-        ("ham_grad_mean", 0.0),
-        ("ham_alpha_factor", 1.0),
-        ("ham_guard_events", 0),
-    ):
-        group.setdefault(key, start)
-
-
-def _check(group: Mapping[str, Any]) -> None:
-    """Refuse what is out of range, NaN among it."""
-    at_least_0 = ["lr", "lr_peak", "weight_decay", "eps", "momentum", "beta"]
-    at_least_0.append("alpha" if group["scaling"] == "raw" else "strength")
-    for name in at_least_0:
-        _require(0 <= group[name] < math.inf, f"{name} is {group[name]}: 0 or more is needed")
-    _require(
-        all(0 <= number < 1 for number in group["betas"]),
-        f"betas are {group['betas']}: 0 or more and below 1 is needed",
-    )
-    _require(group["clamp"] > 0, f"clamp is {group['clamp']}: more than 0 is needed")
-    _require(not group["nesterov"] or group["momentum"] > 0, "nesterov needs a momentum above 0")
-    for param in group["params"]:
-        _require(not param.is_complex(), "HAM takes no complex parameters")
-
-
-def _is_mirrored(group: Mapping[str, Any], param: Tensor) -> bool:
-    return bool(group["mirror"]) and param.dim() >= 2
-
-
-def _has_mirrored(group: Mapping[str, Any]) -> bool:
-    return any(_is_mirrored(group, param) for param in group["params"])
-
-
-def _is_guarded(group: Mapping[str, Any]) -> bool:
-    return group["scaling"] == "calibrated" and _has_mirrored(group)
-
-
 def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, int]]:
     """Sum of |g|, sum of g squared and their number, of each tensor; empty where nobody asks."""
     calibrates = (
@@ -571,67 +491,6 @@ def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, 
     kept_norms = fused.kept_norms if batch.backend is fused else cpu.kept_norms
     here = kept_norms(batch.grads, batch.masks)
     return [_over_shards(norms, param) for norms, param in zip(here, batch.params, strict=True)]
-
-
-def _calibrate(
-    groups: Sequence[dict[str, Any]], norms: Sequence[Sequence[Sequence[tuple[float, float, int]]]]
-) -> None:
-    """Take this step's mean |g| over all calibrated groups into their running means."""
-    found = [
-        (group, [norm for of_batch in of_group for norm in of_batch])
-        for group, of_group in zip(groups, norms, strict=True)
-        if group["scaling"] == "calibrated"
-    ]
-    total = math.fsum(norm[0] for _, of_group in found for norm in of_group)
-    count = sum(norm[2] for _, of_group in found for norm in of_group)
-    if count == 0 or not 0 < total < math.inf:
-        return
-    for group, _ in found:
-        done = group["ham_calibration_steps"]
-        if done < CALIBRATION_STEPS:
-            group["ham_grad_mean"] += (total / count - group["ham_grad_mean"]) / (done + 1)
-            group["ham_calibration_steps"] = done + 1
-
-
-def _alpha(group: Mapping[str, Any]) -> float | None:
-    """Alpha of a group now; None where each tensor has its own."""
-    if group["scaling"] == "raw":
-        return float(group["alpha"])
-    if group["scaling"] == "normalised":
-        return None
-    scale = group["lr_peak"] * group["ham_grad_mean"]
-    # with no gradient seen there is nothing to scale by, and nothing to do
-    return float(group["ham_alpha_factor"] * group["strength"] / scale) if scale > 0 else 0.0
-
-
-def _strengths(group: Mapping[str, Any], norms: Sequence[tuple[float, float, int]]) -> list[float]:
-    """The factor a = lr * alpha of each tensor."""
-    lr = float(group["lr"])
-    alpha = _alpha(group)
-    if alpha is not None:
-        return [lr * alpha] * len(norms)
-    eta = group["strength"] * lr / group["lr_peak"] if group["lr_peak"] > 0 else 0.0
-    return [
-        eta / math.sqrt(squares / count) if 0 < squares < math.inf else 0.0
-        for _, squares, count in norms
-    ]
-
-
-def _decay(group: Mapping[str, Any], dtype: torch.dtype) -> float:
-    """The decay b of this step; see the module."""
-    decay = float(group["lr"]) * float(group["beta"])
-    if decay == 0:
-        return 0.0
-    step = group["ham_step"]
-    return decay + torch.finfo(dtype).eps * (_uniform(step) - _uniform(step - 1))
-
-
-def _uniform(index: int) -> float:
-    """A number in [0, 1) that looks random: splitmix64 (Steele, Lea, Flood 2014) of `index`."""
-    word = (index * 0x9E3779B97F4A7C15) % 2**64
-    word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) % 2**64
-    return (word ^ (word >> 31)) / 2.0**64
 
 
 def _no_sums() -> Tensor:

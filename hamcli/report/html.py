@@ -9,11 +9,11 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import yaml
 from markupsafe import Markup
 
-from hamcli.report import charts, wording
+from hamcli.report import charts, heatmap, wording
+from hamcli.report.page import render_page
 from hamcli.report.records import (
     Curves,
     QualityRecord,
@@ -55,17 +55,7 @@ def render(report: Report) -> str:
     Args:
         report: All that is shown; every string in it may come from a file nobody vouches for.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("hamcli.report", ""),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for word in ("name", "sentence", "percent", "count", "number", "megabytes", "shape"):
-        environment.filters[word] = getattr(wording, word)
-    return environment.get_template(TEMPLATE).render(_view(report))
+    return render_page(TEMPLATE, _view(report))
 
 
 def _view(report: Report) -> dict[str, Any]:
@@ -254,13 +244,13 @@ def _tensor_figures(report: Report) -> list[Figure]:
     figures: list[Figure] = []
     if not report.sparsity.zeros:
         return figures
-    grid = charts.grid(report.tensors)
+    grid = heatmap.grid(report.tensors)
     if grid is not None:
-        low, high = charts.shade_range(grid)
+        low, high = heatmap.shade_range(grid)
         figures.append(
             Figure(
                 "By kind and layer",
-                charts.heatmap(grid),
+                heatmap.heatmap(grid),
                 note=f"percent of zeros; colour from {100 * low:g}% to {100 * high:g}%",
             )
         )

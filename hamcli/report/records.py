@@ -34,7 +34,8 @@ _NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 
 NO_SPEED = (
     "Stock runtimes compute with zeros as with any other number: a dense checkpoint runs at the "
-    "speed of the model it came from. No speed-up is claimed."
+    "speed of the model it came from. No speed-up is claimed; hamcli.load measures whether a "
+    "sparse kernel pays on a machine."
 )
 
 

@@ -129,20 +129,11 @@ def check_bregman(
     start = START_SIZE * random.standard_normal(len(problem.truth))
     rows, curves = [], []
     for alpha, style in zip(sizes.bregman, _shades(len(sizes.bregman)), strict=True):
-        trail = descend(
-            problem.features,
-            problem.labels,
-            start,
-            alpha=alpha,
-            exponent_limit=3e-3,
-            tolerance=3e-5,
-            make=make,
-        )
-        goal = references.bregman_minimiser(problem.features, problem.labels, start, alpha)
+        trail, solution = _descent_and_minimiser(problem, start, alpha, make, 3e-3, 3e-5)
         moved = potentials.mirrored(trail.weights, alpha) - potentials.mirrored(start, alpha)
         residual = _outside_rows(problem.features, moved)
-        rows.append((alpha, _distance(trail.weights, goal), residual, trail.steps[-1]))
-        curves.append(_approach(trail, goal, f"α = {alpha:g}", style))
+        rows.append((alpha, _distance(trail.weights, solution), residual, trail.steps[-1]))
+        curves.append(_approach(trail, solution, f"α = {alpha:g}", style))
     worst, residual = (_max([row[index] for row in rows]) for index in (1, 2))
     return Check(
         "bregman",
@@ -191,9 +182,9 @@ def check_path(problem: Problem, sizes: Sizes, make: MakeOptimizer = ham_sgd) ->
             stability=0.5,
             make=make,
         ).weights
-        goal = references.stationary_point(problem.features, problem.labels, alpha, beta)
+        solution = references.stationary_point(problem.features, problem.labels, alpha, beta)
         near_zero = float(np.mean(np.abs(found) < 1e-3))
-        distances = [_distance(found, point) for point in (goal, ridge, lasso)]
+        distances = [_distance(found, point) for point in (solution, ridge, lasso)]
         rows.append((alpha, beta, *distances, near_zero))
     shown = [row for row in rows if row[0] > 0]
     lines = (("stationary point", 2, "first"), ("ridge", 3, "second"), ("lasso", 4, "third"))
@@ -293,17 +284,8 @@ def check_recovery(problem: Problem, sizes: Sizes, make: MakeOptimizer = ham_sgd
     zero = np.zeros_like(problem.truth)
     rows = []
     for alpha in sizes.recovery:
-        trail = descend(
-            problem.features,
-            problem.labels,
-            zero,
-            alpha=alpha,
-            exponent_limit=1e-2,
-            tolerance=1e-4,
-            make=make,
-        )
-        goal = references.bregman_minimiser(problem.features, problem.labels, zero, alpha)
-        error, convex = (_distance(point, problem.truth) for point in (trail.weights, goal))
+        trail, solution = _descent_and_minimiser(problem, zero, alpha, make, 1e-2, 1e-4)
+        error, convex = (_distance(point, problem.truth) for point in (trail.weights, solution))
         rows.append((alpha, error, convex, trail.steps[-1]))
     errors = [row[1] for row in rows]
     ratios = [after / before for before, after in pairwise(errors)]
@@ -343,13 +325,34 @@ def check_recovery(problem: Problem, sizes: Sizes, make: MakeOptimizer = ham_sgd
     )
 
 
-def _distance(found: Vector, goal: Vector) -> float:
-    return float(np.linalg.norm(found - goal) / np.linalg.norm(goal))
+def _distance(found: Vector, solution: Vector) -> float:
+    return float(np.linalg.norm(found - solution) / np.linalg.norm(solution))
 
 
 def _max(values: list[float]) -> float:
     """The largest, or NaN where one is: max() would hide it."""
     return float(np.max(values))
+
+
+def _descent_and_minimiser(
+    problem: Problem,
+    start: Vector,
+    alpha: float,
+    make: MakeOptimizer,
+    exponent_limit: float,
+    tolerance: float,
+) -> tuple[Trail, Vector]:
+    """Where HAM goes from `start` with beta = 0, and where the convex problem says it ends."""
+    trail = descend(
+        problem.features,
+        problem.labels,
+        start,
+        alpha=alpha,
+        exponent_limit=exponent_limit,
+        tolerance=tolerance,
+        make=make,
+    )
+    return trail, references.bregman_minimiser(problem.features, problem.labels, start, alpha)
 
 
 def _outside_rows(features: Matrix, moved: Vector) -> float:
@@ -363,8 +366,8 @@ def _shades(count: int) -> tuple[str, ...]:
     return ("pale", "middle", "first")[-count:]
 
 
-def _approach(trail: Trail, goal: Vector, label: str, style: str) -> Curve:
-    distances = tuple(_distance(point, goal) for point in trail.points)
+def _approach(trail: Trail, solution: Vector, label: str, style: str) -> Curve:
+    distances = tuple(_distance(point, solution) for point in trail.points)
     return Curve(label, tuple(map(float, trail.steps)), distances, style)
 
 

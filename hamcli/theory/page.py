@@ -5,13 +5,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 
 from hamcli import __version__
 from hamcli.errors import UsageError
 from hamcli.report import charts, wording
 from hamcli.report.html import Figure
+from hamcli.report.page import render_page
 from hamcli.theory.checks import Sizes
 from hamcli.theory.records import Curve, Plot, Results
 
@@ -67,17 +67,6 @@ def render(results: Results, *, sizes: Sizes | None = None) -> str:
         sizes: Of the problems behind `results`.
     """
     sizes = sizes or Sizes()
-    loaders = [jinja2.PackageLoader("hamcli.theory", ""), jinja2.PackageLoader("hamcli.report", "")]
-    environment = jinja2.Environment(
-        loader=jinja2.ChoiceLoader(loaders),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    for word in ("name", "sentence", "percent", "count", "number", "megabytes", "shape"):
-        environment.filters[word] = getattr(wording, word)
     claims = [one for check in results.checks for one in check.claims]
     view: dict[str, Any] = {
         "results": results,
@@ -92,7 +81,7 @@ def render(results: Results, *, sizes: Sizes | None = None) -> str:
         "nonzero": sizes.nonzero,
         "version": __version__,
     }
-    return environment.get_template("theory.html.j2").render(view)
+    return render_page("theory.html.j2", view, room="hamcli.theory")
 
 
 def cell_text(cell: float | str | None) -> str:

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from hamcli.checkpoint.loading import has_head, load_model, quiet_transformers, read_tensor
+from hamcli.checkpoint.loading import has_head, load_model, quiet_transformers
+from hamcli.checkpoint.reading import read_tensor
 from hamcli.checkpoint.source import Source, find_model
 from tests.checkpoint.pico import (
     EVIL,

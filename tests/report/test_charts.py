@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from report_samples import bert, counted, llama, near_zero
 
-from hamcli.report import charts
+from hamcli.report import axes, charts, heatmap
 from hamcli.report.records import TensorRecord
 
 
@@ -77,7 +77,7 @@ def test_ticks_enclose_their_range_by_round_steps(low, span, about):
     high = low + span
     if high <= low or span < 1e-6 * abs(low):
         return
-    ticks = charts._ticks(low, high, about)
+    ticks = axes.round_ticks(low, high, about)
     assert ticks[0] <= low + 1e-6 * span
     assert ticks[-1] >= high - 1e-6 * span
     assert 2 <= len(ticks) <= about + 3
@@ -90,16 +90,16 @@ def test_the_smoothed_curve_starts_at_the_first_value_and_settles():
 
 
 def test_an_encoder_is_six_kinds_by_twelve_layers():
-    grid = charts.grid(bert())
+    grid = heatmap.grid(bert())
     assert grid is not None
     assert len(grid.rows) == 6
     assert grid.columns == tuple(range(12))
-    assert len(shapes(charts.heatmap(grid), "rect", "cell")) == 72
+    assert len(shapes(heatmap.heatmap(grid), "rect", "cell")) == 72
 
 
 def test_cells_of_the_grid_add_up_to_the_tensors():
     tensors = [tensor for tensor in bert() if ".layer." in tensor.name]
-    grid = charts.grid(tensors)
+    grid = heatmap.grid(tensors)
     assert sum(zeros for zeros, _ in grid.cells.values()) == sum(t.zeros for t in tensors)
     assert sum(total for _, total in grid.cells.values()) == sum(t.total for t in tensors)
 
@@ -112,14 +112,14 @@ def test_experts_are_folded_into_their_layer():
         for kind in ("up", "down")
     ]
     tensors = counted(named, 0.5)
-    grid = charts.grid(tensors)
+    grid = heatmap.grid(tensors)
     assert sum(zeros for zeros, _ in grid.cells.values()) == sum(t.zeros for t in tensors)
     assert [row.rsplit(".", 1)[1] for row in grid.rows] == ["up", "down"]
     assert all(total == 64 * 16 for _, total in grid.cells.values())
 
 
 def test_names_without_layers_make_no_grid():
-    assert charts.grid(counted([("a.weight", (2, 2)), ("b.weight", (2, 2))], 0.5)) is None
+    assert heatmap.grid(counted([("a.weight", (2, 2)), ("b.weight", (2, 2))], 0.5)) is None
 
 
 @pytest.mark.parametrize("tensors", [bert(), llama()], ids=["74", "700"])
@@ -130,7 +130,7 @@ def test_each_tensor_has_its_column_inside_the_chart_apart_from_the_next(tensors
     for column in columns:
         assert float(column.get("x")) >= edge - 0.02
         edge = float(column.get("x")) + float(column.get("width"))
-    assert edge <= charts.WIDE
+    assert edge <= axes.WIDE
 
 
 def test_nearly_equal_tensors_do_not_look_far_apart():
@@ -141,7 +141,7 @@ def test_nearly_equal_tensors_do_not_look_far_apart():
         for layer, zeros in enumerate((900, 901))
         for kind in "ab"
     ]
-    low, high = charts.shade_range(charts.grid(tensors))
+    low, high = heatmap.shade_range(heatmap.grid(tensors))
     assert high - low == pytest.approx(0.1)
     assert low <= 0.9 <= 0.901 <= high
 
@@ -164,9 +164,9 @@ def test_a_histogram_whose_parts_do_not_fit_is_left_out():
 
 
 def test_powers_of_ten_are_named_as_such():
-    assert charts._power(1e-5) == "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT FIVE}"
-    assert charts._power(10.0) == "10"
-    assert charts._power(math.pow(10, 12)) == "10\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"
+    assert axes.power_of_ten(1e-5) == "10\N{SUPERSCRIPT MINUS}\N{SUPERSCRIPT FIVE}"
+    assert axes.power_of_ten(10.0) == "10"
+    assert axes.power_of_ten(math.pow(10, 12)) == "10\N{SUPERSCRIPT ONE}\N{SUPERSCRIPT TWO}"
 
 
 def test_a_relation_puts_decades_at_equal_distances_and_ends_at_the_last_point():
@@ -177,7 +177,7 @@ def test_a_relation_puts_decades_at_equal_distances_and_ends_at_the_last_point()
     ]
     assert third[0] - second[0] == pytest.approx(second[0] - first[0], abs=0.02)
     assert third[1] - second[1] == pytest.approx(second[1] - first[1], abs=0.02)
-    assert third[0] == charts.NARROW - 18
+    assert third[0] == axes.NARROW - 18
 
 
 def test_a_relation_leaves_out_what_its_axes_cannot_show():
@@ -210,7 +210,7 @@ def test_error_bars_reach_as_far_as_they_say_and_widen_the_axis():
     height = dots[0][1] - dots[1][1]  # of 0.1
     assert dots[0][1] - float(top) == pytest.approx(height, abs=0.03)
     assert float(bottom) - dots[0][1] == pytest.approx(height, abs=0.03)
-    inner = charts.NARROW - 18 - 56
+    inner = axes.NARROW - 18 - 56
     assert dots[2][0] == pytest.approx(56 + inner / 12, abs=0.02)  # a tenth of the range beside it
 
 
@@ -218,4 +218,4 @@ def test_a_relation_of_one_x_stands_in_the_middle():
     data = charts.Points("m", [90.0], [0.5], "m0", marked=True)
     drawn = charts.relation([data], label="x", x_label="s")
     (dot,) = shapes(drawn, "circle", "dot")
-    assert float(dot.get("cx")) == pytest.approx((56 + charts.NARROW - 18) / 2, abs=0.02)
+    assert float(dot.get("cx")) == pytest.approx((56 + axes.NARROW - 18) / 2, abs=0.02)

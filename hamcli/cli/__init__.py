@@ -1,0 +1,15 @@
+"""The command line: words in, one call, a result on stdout; nothing heavy at the top."""
+
+import sys
+
+from hamcli.cli.commands import app
+from hamcli.cli.exits import exit_code, settled
+
+__all__ = ["app", "main"]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with its code."""
+    if argv is not None:
+        sys.argv = ["ham", *argv]
+    sys.exit(settled(exit_code(lambda: app(prog_name="ham", standalone_mode=False))))

@@ -1,0 +1,78 @@
+"""How a command ends: one line for what went wrong, and the exit code."""
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from hamcli.errors import (
+    EXIT_INTERNAL,
+    HamError,
+    ResourceError,
+    UsageError,
+    printable,
+    shorten,
+)
+
+
+def exit_code(command: Callable[[], object]) -> int:
+    """Run a command; tell what went wrong."""
+    try:
+        code = command()
+    except HamError as error:
+        return _told(error)
+    except KeyboardInterrupt:
+        sys.stderr.write("\nham: interrupted before anything was saved\n")
+        return 130
+    except MemoryError:
+        return _told(ResourceError("E543", "not enough memory", "", "", "a smaller batch_size"))
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        return _told(
+            ResourceError(
+                "E506", "the system refused", error.filename or "", error.strerror or str(error)
+            )
+        )
+    except Exception as error:  # noqa: BLE001 - the one place that catches: one line, not a trace
+        return _unknown(error)
+    return code if isinstance(code, int) else 0
+
+
+def _unknown(error: Exception) -> int:
+    # Typer's own errors of usage are of private classes, told apart by what they can do.
+    if hasattr(error, "format_message"):
+        if type(error).__name__ == "NoArgsIsHelpError":
+            sys.stdout.write(error.format_message() + "\n")
+            return 2
+        why = " ".join(error.format_message().split())
+        return _told(UsageError("E101", why, hints=["ham --help, or ham COMMAND --help"]))
+    if type(error).__name__ == "Abort":
+        return 130
+    if os.environ.get("HAM_DEBUG") == "1":
+        traceback.print_exc()
+    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
+        return _told(ResourceError("E543", "not enough memory", "", "", "a smaller batch_size"))
+    text = f"ham: error[HAM-E001]: internal error: {type(error).__name__}: {printable(str(error))}"
+    sys.stderr.write(shorten(text, 300) + "\n  hint: HAM_DEBUG=1 shows where; please report it\n")
+    return EXIT_INTERNAL
+
+
+def _told(error: HamError) -> int:
+    if os.environ.get("HAM_DEBUG") == "1":
+        traceback.print_exc()
+    try:
+        sys.stderr.write("\n".join(error.lines()) + "\n")
+        sys.stderr.flush()
+    except (OSError, ValueError):
+        pass
+    return error.exit_code
+
+
+def settled(code: int) -> int:
+    """Flush what is left; a reader that has gone changes nothing."""
+    try:
+        sys.stdout.flush()
+    except (OSError, ValueError):
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the end of the process
+    return code

@@ -1,0 +1,223 @@
+"""What commands show on a terminal: records as tables and lines."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from hamcli import __version__
+from hamcli.console import Screen, duration, facts, size, table
+from hamcli.errors import GateFailed
+
+
+def show_report(screen: Screen, report: Any, folder: Path) -> None:
+    """Sparsity, quality and size of a finished run.
+
+    Raises:
+        GateFailed: E301, a gate of the report is not met.
+    """
+    found, quality = report.sparsity, report.quality
+    rows = [
+        ("sparsity of targets", f"{found.achieved:.4%}", f"{found.zeros:,} of {found.total:,}"),
+        ("of all parameters", f"{found.overall_achieved:.4%}", f"of {found.num_parameters:,}"),
+    ]
+    if quality is not None:
+        rows.append((quality.metric + ", sparse", _number(quality.sparse), quality.data))
+        if quality.dense is not None:
+            rows.append((quality.metric + ", dense", _number(quality.dense), ""))
+        if quality.one_shot is not None:
+            rows.append((quality.metric + ", one-shot", _number(quality.one_shot), "no training"))
+        if quality.drop is not None:
+            rows.append(
+                ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
+            )
+    rows.append(
+        (
+            "size",
+            size(report.size.dense_bytes),
+            f"{size(report.size.packed_bytes)} packed, {size(report.size.gzip_bytes)} after gzip",
+        )
+    )
+    screen.result(
+        report.to_dict(),
+        facts(rows),
+        "speed: " + (_speed(report) or "not measured"),
+        f"written to {folder}",
+    )
+    if report.gate is not None and not report.gate.passed:
+        failed = [one for one in report.gate.conditions if not one.passed]
+        faults = [GateFailed("E301", "gate failed", folder, _condition(one)) for one in failed]
+        raise GateFailed("E301", "gate failed", folder, faults[0].why, others=faults[1:])
+
+
+def _speed(report: Any) -> str:
+    """The honest line on speed."""
+    if report.speed is None:
+        return str(report.speed_reason or "")
+    return f"{report.speed.ratio:.2f} x dense with {report.speed.runtime}"
+
+
+def _condition(one: Any) -> str:
+    relation = "above" if one.name == "max_drop" else "below"
+    return f"{one.name}: {_number(one.value)} is {relation} {one.limit:g}"
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
+
+
+def show_costs(screen: Screen, found: Any) -> None:
+    """What a step and a choice of masks cost."""
+    step, chosen = found.step, found.selection
+    how = f"{step.threads} thread(s), {step.clock} time, {step.rounds} rounds"
+    columns = ["ms", "ratio", "fastest", "10 % .. 90 %", "extra MiB"]
+    screen.result(
+        found.as_json(),
+        f"one step: {step.base}, {step.num_weights:,} weights in {step.dtype}, {how}",
+        table(["form", *columns], map(_cost_row, step.variants)),
+        f"training: {_training_words(found)}",
+        f"exponents: {_exponent_words(step.exponents)}",
+        f"extension: {step.native}",
+        f"\nchoice of 90 % of {chosen.num_weights:,} weights, "
+        f"which leaves {chosen.mask_bytes / 2**20:.1f} MiB of masks",
+        table(["part", *columns], map(_cost_row, chosen.variants)),
+        f"\n{found.conclusion}",
+    )
+
+
+def _cost_row(one: Any) -> tuple[str, ...]:
+    low, high = one.ratio_spread
+    extra = "-" if one.extra_bytes is None else f"{one.extra_bytes / 2**20:.1f}"
+    ratios = f"{one.ratio:.2f}", f"{one.fastest_ratio:.2f}", f"{low:.2f} .. {high:.2f}"
+    return (one.name, f"{one.seconds * 1e3:.1f}", *ratios, extra)
+
+
+def _training_words(found: Any) -> str:
+    seconds = found.step.training_seconds
+    if seconds is None:
+        return str(found.training)
+    return (
+        f"forward and backward {seconds * 1e3:.0f} ms ({found.training}); "
+        f"the step is {found.step.step_share:.1%} of both"
+    )
+
+
+def _exponent_words(found: Any) -> str:
+    if found is None:
+        return "not measured"
+    return (
+        f"mean {found.mean:.2g}, greatest {found.max:.2g}, {found.moved_fraction:.1%} of the "
+        f"weights moved, {found.clamped_fraction:.1%} at the clamp"
+    )
+
+
+def show_inspection(screen: Screen, found: Any, *, limit: int | None) -> None:
+    """Tensors of a checkpoint, the largest `limit` of them, or all."""
+    shown = (
+        found.tensors
+        if limit is None
+        else sorted(found.tensors, key=lambda one: -one.total)[:limit]
+    )
+    rows = [
+        (
+            one.name,
+            "x".join(map(str, one.shape)),
+            one.dtype,
+            size(one.bytes),
+            f"{one.sparsity:.2%}",
+            f"{one.near_zero / max(1, one.total):.2%}",
+            f"{one.fits['2:4']:.1%}" if "2:4" in one.fits else "-",
+        )
+        for one in shown
+    ]
+    left = len(found.tensors) - len(shown)
+    screen.result(
+        asdict(found),
+        table(["tensor", "shape", "dtype", "bytes", "zeros", "near zero", "2:4 fit"], rows),
+        *([f"... and {left} smaller tensors (--all shows them)"] if left else []),
+        f"matrices: {found.matrix_zeros:,} zeros of {found.matrix_total:,} "
+        f"({found.matrix_zeros / max(1, found.matrix_total):.4%}); "
+        f"all: {found.zeros:,} of {found.total:,}; "
+        f"{size(found.file_bytes)} in {len(found.files)} file(s)",
+    )
+
+
+def show_evaluation(screen: Screen, found: Any) -> None:
+    """Quality of a checkpoint, and of the dense one beside it."""
+    rows = [(found.metric, _number(found.value)), ("dense", _number(found.dense))]
+    rows += [("drop", _number(found.drop)), ("agreement with dense", _number(found.agreement))]
+    rows += [("loss", _number(found.loss)), ("examples", str(found.num_examples))]
+    screen.result(asdict(found), facts(rows), found.data)
+
+
+def show_check(screen: Screen, found: Any) -> None:
+    """The verdict of a gate on one line."""
+    drop = "" if found.drop is None else f", drop {found.drop:.6g}"
+    verdict = "failed" if found.failures else "passed"
+    screen.result(
+        asdict(found),
+        f"{verdict}: sparsity {found.sparsity:.6g} ({found.zeros:,} of {found.total:,}){drop}",
+    )
+
+
+def show_export(screen: Screen, found: Any) -> None:
+    """Bytes before and after."""
+    screen.result(
+        asdict(found),
+        f"{size(found.dense_bytes)} dense, {size(found.packed_bytes)} packed: "
+        f"{found.ratio:.2f} x smaller",
+        f"written to {found.out}",
+    )
+
+
+def show_plan(screen: Screen, found: Any) -> None:
+    """What a run would do."""
+    rows = [
+        ("task", found.task),
+        ("data", found.data),
+        ("targets", f"{len(found.targets)} tensors, {found.prunable:,} weights"),
+        ("zeros at the end", f"{found.zeros:,} ({found.overall_sparsity:.2%} of all parameters)"),
+        ("stay dense", ", ".join(found.excluded) or "nothing"),
+        ("steps", f"{found.steps:,}, about {duration(found.seconds)} here"),
+        ("memory", f"{size(found.memory_bytes)} and activations"),
+        ("disk", size(found.disk_bytes)),
+        *(("cost", cost) for cost in found.costs),
+    ]
+    screen.result(asdict(found), facts(rows))
+
+
+def show_theory(screen: Screen, found: Any, out: Path | None) -> None:
+    """The checks, claim by claim."""
+    from hamcli.theory.page import cell_text
+
+    shown: list[Any] = []
+    for one in found.checks:
+        rows = [[cell_text(cell) for cell in row] for row in one.rows]
+        shown += [one.title, *(f"  {line.line}" for line in one.claims)]
+        shown += [table(one.columns, rows), ""]
+    where = f"written to {out}" if out is not None else "--out DIR writes the plots"
+    screen.result(found.to_dict(__version__), *shown, where)
+
+
+def refuse_failed_claims(found: Any) -> None:
+    """Raise GateFailed, E302, if a claim of the theory fails."""
+    failed = [GateFailed("E302", "a claim of the theory fails", "", one.line.split("  ", 1)[1])
+              for one in found.failures]  # fmt: skip
+    if failed:
+        first = failed[0]
+        raise GateFailed("E302", first.what, "", first.why, others=failed[1:])
+
+
+def show_comparison(screen: Screen, found: Any, folder: Path) -> None:
+    """Quality by method and sparsity, and the pairs."""
+    from hamcli.comparison.page import pair_table, quality_table, references
+
+    better = "higher" if found.higher_is_better else "lower"
+    screen.result(
+        found.to_dict(__version__),
+        f"{found.metric}, {better} is better, mean ± standard error",
+        table(*quality_table(found)),
+        *(f"{name}: {value}" for name, value in references(found)),
+        *(["", "HAM on minus off, seed by seed"] if found.pairs else []),
+        *([table(*pair_table(found))] if found.pairs else []),
+        f"written to {folder}",
+    )
