@@ -138,7 +138,9 @@ def alpha_now(group: Mapping[str, Any]) -> float | None:
     return float(group["ham_alpha_factor"] * group["strength"] / scale) if scale > 0 else 0.0
 
 
-def scaled_alphas(group: Mapping[str, Any], norms: Sequence[tuple[float, float, int]]) -> list[float]:
+def scaled_alphas(
+    group: Mapping[str, Any], norms: Sequence[tuple[float, float, int]]
+) -> list[float]:
     """The factor a = lr * alpha of each tensor."""
     lr = float(group["lr"])
     alpha = alpha_now(group)

@@ -22,8 +22,8 @@ from hamcli.optim.exponents import (
     is_guarded,
     mirrors,
     require,
-    settle,
     scaled_alphas,
+    settle,
 )
 
 WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own

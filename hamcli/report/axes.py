@@ -120,14 +120,17 @@ def x_axis(
     return line + marks + name
 
 
-def reference_line(frame: Frame, value: float, words: str, show: Callable[[Number], str]) -> Markup:
-    """A dashed line at a value of the y axis, with its words."""
+def reference_line(frame: Frame, value: float, words: str = "") -> Markup:
+    """A dashed line at a value of the y axis, with its words if there are any."""
     y = frame.y(value)
+    line = Markup('<line class="reference" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(
+        frame.left, frame.width - frame.right, y
+    )
     text_y = y - 5 if y - frame.top > 16 else y + 14
-    return Markup(
-        '<line class="reference" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>'
-        '<text class="reference-name end" x="{1}" y="{3}">{4}</text>'
-    ).format(frame.left, frame.width - frame.right, y, rounded(text_y), f"{words} {show(value)}")
+    text = Markup('<text class="reference-name end" x="{}" y="{}">{}</text>').format(
+        frame.width - frame.right, rounded(text_y), words
+    )
+    return line + text if words else line
 
 
 def hover_column(

@@ -89,7 +89,7 @@ def curve(
         x_axis(frame, round_ticks(*frame.x_range, 5), "step"),
     ]
     if reference is not None and frame.y_range[0] <= reference[0] <= frame.y_range[1]:
-        parts.append(reference_line(frame, *reference, show))
+        parts.append(reference_line(frame, reference[0], f"{reference[1]} {show(reference[0])}"))
     parts += [_path(frame, step, line, log) for line in lines]
     parts.append(_hover(frame, step, lines, show))
     return svg(frame.width, frame.height, label, parts)
@@ -165,7 +165,8 @@ def relation(
         x_axis(frame, x_ticks, x_label, power_of_ten if log_x else None),
     ]
     if level is not None:
-        parts.append(reference_line(frame, *level, wording.number if level[1] else lambda _: ""))
+        words = f"{level[1]} {wording.number(level[0])}" if level[1] else ""
+        parts.append(reference_line(frame, level[0], words))
     for one, points in zip(series, kept, strict=True):
         if not one.hollow and points:
             thin = _extremes([y for _, y, _ in points], POINT_LIMIT)
@@ -273,9 +274,7 @@ def profile(tensors: Sequence[TensorRecord], achieved: float) -> Markup | None:
             )
             + Markup("<title>{}</title></g>").format(_tensor_words(tensor))
         )
-    parts.append(
-        reference_line(frame, achieved, "all targets", lambda value: wording.percent(value))
-    )
+    parts.append(reference_line(frame, achieved))
     return svg(frame.width, frame.height, "Sparsity of each tensor", parts, "wide")
 
 

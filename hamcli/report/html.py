@@ -256,7 +256,8 @@ def _tensor_figures(report: Report) -> list[Figure]:
         )
     chart = charts.profile(report.tensors, report.sparsity.achieved)
     if chart is not None:
-        figures.append(Figure("Tensor by tensor", chart))
+        note = f"dashed: all targets, {wording.percent(report.sparsity.achieved)}"
+        figures.append(Figure("Tensor by tensor", chart, note=note))
     return figures
 
 

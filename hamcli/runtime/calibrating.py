@@ -37,13 +37,13 @@ class Calibration:
     def __init__(self, path: Path | None = None) -> None:
         self.path = path
         self._times = _read(path)
-        self._chosen: dict[tuple[int, int, int], str] = {}
+        self._chosen: dict[tuple[object, ...], str] = {}
         self._is_new = False
 
     def choose(self, module: SparseLinear, rows: int) -> str:
         """Name of the fastest kernel for about that many rows at torch's threads, or "dense"."""
         rows, threads = _rounded(rows), torch.get_num_threads()
-        known = (id(module), rows, threads)
+        known = (*_kind(module), rows, threads)
         if known not in self._chosen:
             self._chosen[known] = fastest(self.times(module, rows))
         return self._chosen[known]
@@ -77,6 +77,12 @@ class Calibration:
         except OSError:
             return
         self._is_new = False
+
+
+def _kind(module: SparseLinear) -> tuple[object, ...]:
+    """All of a module that its times depend on, or the choice among them."""
+    shape = (module.out_features, module.in_features, module.is_transposed)
+    return (*shape, module.sparsity, module.backends)
 
 
 def fastest(times: dict[str, float]) -> str:

@@ -7,6 +7,8 @@ import pytest
 from tests.checkpoint import pico
 from tests.test_cli import RESNET, assert_clean_error, ham
 
+pytestmark = pytest.mark.slow
+
 
 def test_json_is_one_document_with_every_part(tmp_path):
     folder = pico.save(pico.bert(), tmp_path / "bert")

@@ -11,6 +11,8 @@ from transformers import AutoModelForCausalLM, AutoModelForImageClassification
 from hamcli.sparsity.targets import select_targets
 from tests.integration.pico import assert_same, zeros_in
 
+pytestmark = pytest.mark.slow
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 

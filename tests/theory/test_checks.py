@@ -5,6 +5,8 @@ import pytest
 from hamcli.theory import checks
 from tests.theory import broken
 
+pytestmark = pytest.mark.slow
+
 SMALL = checks.Sizes(
     rows=30,
     weights=60,

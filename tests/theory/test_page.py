@@ -11,6 +11,8 @@ from hamcli.theory import checks, page, records
 from tests.theory import broken
 from tests.theory.test_checks import SMALL
 
+pytestmark = pytest.mark.slow
+
 
 def made(value):
     plot = records.Plot(
