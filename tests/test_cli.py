@@ -129,6 +129,15 @@ def test_light_commands_import_no_torch(words, tmp_path):
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=tmp_path)
 
 
+def test_a_command_without_a_model_is_refused_before_anything_heavy_is_imported(tmp_path):
+    code = (
+        "import sys\nfrom hamcli.cli import main\n"
+        "try:\n    main(['sparsify'])\nexcept SystemExit as stop:\n    assert stop.code == 2\n"
+        "assert 'torch' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=tmp_path)
+
+
 def test_check_and_completion_import_no_torch(sparse, tmp_path):
     code = (
         "import sys\nfrom hamcli.cli import main\n"

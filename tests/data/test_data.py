@@ -10,7 +10,7 @@ from PIL import Image
 
 from hamcli.data import batch, evaluation_batches, label_names, open_data
 from hamcli.data.rows import read_table
-from hamcli.data.texts import IGNORED, MaskRule
+from hamcli.data.texts import IGNORED, MaskRule, align_tags
 from hamcli.errors import InputRefused
 from hamcli.recipe.schema import DataSection
 
@@ -180,3 +180,23 @@ def test_csv_and_parquet_read_alike(tmp_path):
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     first, second = (read_table(str(tmp_path / name)) for name in ("a.csv", "a.parquet"))
     assert first.columns == second.columns
+
+
+class Halves:
+    """Cuts each word in two tokens, between a first and a last one of its own."""
+
+    def __call__(self, words, **_):
+        self.words = [None, *(index for index in range(len(words)) for _ in "ab"), None]
+        return self
+
+    def __getitem__(self, _):
+        return list(range(len(self.words)))
+
+    def word_ids(self):
+        return self.words
+
+
+def test_only_the_first_token_of_a_word_has_its_tag():
+    ids, labels = align_tags(Halves(), [["one", "two"]], [[3, 5]], 16)
+    assert ids == [[0, 1, 2, 3, 4, 5]]
+    assert labels == [[-100, 3, -100, 5, -100, -100]]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import hamcli
+from hamcli.errors import UsageError
 from hamcli.runtime.loading import RUNTIMES
 
 
@@ -68,3 +69,8 @@ def test_a_damaged_or_unwritable_cache_of_times_is_no_obstacle(folder, tmp_path,
         )
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
     assert hamcli.load(folder) is not None
+
+
+def test_a_runtime_that_is_none_is_refused_before_the_model_is_looked_for():
+    with pytest.raises(UsageError, match="E123"):
+        hamcli.load("no/model", "fastest")
