@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamcli import __version__, native, outcome
+from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
 from hamcli.errors import HamError, Interrupted, Preempted, RecipeError
@@ -17,7 +17,7 @@ from hamcli.evaluation import Quality, measure
 from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
 from hamcli.objective import Objective, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
-from hamcli.optim import HAM
+from hamcli.optim import HAM, forms
 from hamcli.progress import Progress, StepRecord
 from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
 from hamcli.runstate import Checkpoint, RunState
@@ -113,12 +113,12 @@ class Sparsification:
         return finish_levels(reports, stage, self.run, self.progress)
 
     def _prepare_step(self) -> None:
-        """Build the native step before the clock of the first step runs, and say so."""
+        """Build or compile the step before the clock of the first step runs, and say so."""
         if self.device.type != "cpu" or self.recipe.optimizer.ham.backend not in ("auto", "cpu"):
             return
-        status = native.prepare(self.progress.stage)
-        if not status.is_available:
-            self.progress.warn(f"{status.reason}; the slower step in plain torch is used")
+        without_extension = forms.prepare(self.progress.stage)
+        if without_extension is not None:
+            self.progress.warn(without_extension)
 
     def _batches(self) -> Any:
         section = self.recipe.evaluation

@@ -76,7 +76,7 @@ def show_costs(screen: Screen, found: Any) -> None:
         table(["form", *columns], map(_cost_row, step.variants)),
         f"training: {_training_words(found)}",
         f"exponents: {_exponent_words(step.exponents)}",
-        f"extension: {step.native}",
+        f"extension: {step.native}; {step.numba}",
         f"\nchoice of 90 % of {chosen.num_weights:,} weights, "
         f"which leaves {chosen.mask_bytes / 2**20:.1f} MiB of masks",
         table(["part", *columns], map(_cost_row, chosen.variants)),
