@@ -231,7 +231,7 @@ def check(
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
-    form: Annotated[str, typer.Option("--format", help="dense or packed.")],
+    form: Annotated[str, typer.Option("--format", help="dense, packed or onnx.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder, or file, of the result.")
     ] = None,
@@ -240,19 +240,31 @@ def export(
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Convert dense to packed, which is smaller and needs `import hamcli`, or back, bit for bit."""
-    if form not in ("dense", "packed"):
-        raise UsageError("E118", "no such format", f"--format {form}", "", "dense or packed")
-    from hamcli.cli.shown import show_export
+    """Dense to packed (smaller, needs `import hamcli`) or back, bit for bit; or to ONNX."""
+    if form not in ("dense", "packed", "onnx"):
+        raise UsageError(
+            "E118", "no such format", f"--format {printable(form)}", "", "dense, packed or onnx"
+        )
+    from hamcli.cli.shown import show_export, show_onnx
     from hamcli.console import Screen
-    from hamcli.exporting import export as export_path
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     suffix = path.suffix if path.is_file() else ""
     target = out or path.with_name(f"{path.name.removesuffix(suffix)}-{form}{suffix}")
     with screen.watcher("export") as watcher:
-        found = export_path(path, form, out=target, overwrite=overwrite, progress=watcher)
-    show_export(screen, found)
+        if form == "onnx":
+            watcher.stage("starting")
+            from hamcli.onnx.exporting import export_onnx
+
+            graph = export_onnx(path, out=target, overwrite=overwrite, progress=watcher)
+        else:
+            from hamcli.exporting import export as export_path
+
+            found = export_path(path, form, out=target, overwrite=overwrite, progress=watcher)
+    if form == "onnx":
+        show_onnx(screen, graph)
+    else:
+        show_export(screen, found)
 
 
 @app.command()

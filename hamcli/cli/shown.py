@@ -169,6 +169,19 @@ def show_export(screen: Screen, found: Any) -> None:
     )
 
 
+def show_onnx(screen: Screen, found: Any) -> None:
+    """What the graph takes and gives, how exact it is, and its zeros."""
+    share = found.zeros / max(1, found.total)
+    screen.result(
+        asdict(found),
+        f"{', '.join(found.inputs)} -> {', '.join(found.outputs)}, opset {found.opset}, fp32",
+        f"greatest relative error against torch, in onnxruntime: {found.max_relative_error:.2g}",
+        f"zeros in the file: {found.zeros:,} of {found.total:,} in matrices ({share:.4%}), "
+        "those of the folder; ONNX engines compute with them as with any other number",
+        f"written to {found.out}",
+    )
+
+
 def show_plan(screen: Screen, found: Any) -> None:
     """What a run would do."""
     rows = [
