@@ -45,7 +45,9 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Shipped recipes, validation and the JSON Schema.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
-bench = typer.Typer(help="What HAM costs on this machine.", no_args_is_help=True)
+bench = typer.Typer(
+    help="What HAM costs, and what zeros gain, on this machine.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 
 
@@ -470,3 +472,52 @@ def bench_step(
             progress=watcher,
         )
     show_costs(screen, found)
+
+
+@bench.command("runtime")
+def bench_runtime(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Finished folder, hub id or .safetensors; default: builtin:minilm, pruned to 0.9.",
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option("--target", min=0.0, max=1.0, help="Prune in one shot first, in memory."),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option("--shapes", help="Rows x tokens, as 1x8,8x128; of images the rows, as 1,8."),
+    ] = None,
+    threads: Annotated[str, typer.Option("--threads", help="As 1,2; each by itself.")] = "1",
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=1000, help="How often each runtime is timed.")
+    ] = 9,
+    config: ConfigWord = None,
+    as_json: JsonWord = False,
+    quiet: QuietWord = False,
+) -> None:
+    """Dense torch, hamcli.load, CSR, onnxruntime and OpenVINO on one model, in turns."""
+    from hamcli.cli.shown import show_runtimes
+    from hamcli.cli.words import input_shapes, thread_counts
+    from hamcli.console import Screen
+
+    sizes = input_shapes(shapes) if shapes is not None else None
+    numbers = thread_counts(threads)
+    screen = Screen(quiet=quiet, as_json=as_json)
+    with screen.watcher("bench") as watcher:
+        watcher.stage("starting")
+        from hamcli.benchmarking.runtime import bench_runtime as bench
+
+        found = bench(
+            model,
+            config=config,
+            target=target,
+            shapes=sizes,
+            threads=numbers,
+            rounds=rounds,
+            progress=watcher,
+        )
+    show_runtimes(screen, found)
