@@ -19,7 +19,7 @@ class SparseLinear(nn.Module):
 
     The dense weight stays the parameter, so that state_dict, ties and save_pretrained give it back
     bit for bit; the sparse forms beside it hold what is not zero. Dense runs when a gradient
-    is asked for, when the weight was changed or moved, and for other dtypes than fp32.
+    is asked for, when the weight was changed or moved, and for inputs of another dtype or device.
 
     Args:
         dense: The module to stand for.
@@ -48,6 +48,7 @@ class SparseLinear(nn.Module):
         self.is_off = False
         self.training = dense.training
         self._kernels, self._choose = dict(kernels), choose
+        self._device_type = weight.device.type
         self._plans: dict[tuple[int, int], Kernel | None] = {}
         self._made_of = _state(weight)
 
@@ -106,10 +107,10 @@ class SparseLinear(nn.Module):
         ):
             return False
         return (
-            x.dtype == torch.float32
-            and x.is_cpu
+            x.dtype == weight.dtype
+            and x.device == weight.device
             and x.numel() > 0
-            and not torch.is_autocast_enabled("cpu")
+            and not torch.is_autocast_enabled(self._device_type)
             and _state(weight) == self._made_of
         )
 
