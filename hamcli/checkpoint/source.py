@@ -111,6 +111,12 @@ def find_model(
     return Source(model, folder, revision, hashes, weights, headers, cleaned)
 
 
+def is_bare(model: str, config: str | None) -> bool:
+    """Whether `model` is a safetensors file that comes without a config."""
+    path = _existing(model)
+    return config is None and path is not None and path.is_file() and path.suffix == ".safetensors"
+
+
 def find_weights(path: Path) -> dict[str, Header]:
     """Name and checked header of each weight file of a folder, or of the one file at `path`.
 

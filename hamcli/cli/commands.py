@@ -99,8 +99,8 @@ def sparsify(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("sparsify") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
         from hamcli.pipeline import run_sparsify
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -144,8 +144,8 @@ def prune(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("prune") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
         from hamcli.pruning import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -196,7 +196,7 @@ def evaluate(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("eval") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.pruning import evaluate as evaluate_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -279,7 +279,7 @@ def plan(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("plan") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.planning import plan as plan_run
 
         found = plan_run(complete(layers, has_recipe=recipe is not None), watcher)
@@ -357,8 +357,8 @@ def compare(
         watcher.stage("starting")
         from hamcli.comparison import Grid
         from hamcli.comparison import compare as compare_methods
+        from hamcli.completing import complete
         from hamcli.defaults import compare_folder
-        from hamcli.opening import complete
 
         grid = Grid(
             tuple(listed(methods, str, "--methods")),
