@@ -3,19 +3,19 @@
 `operators` is the way in. It builds the extension on first use and gives None where that is not
 possible, for whatever reason; the callers have slower forms of everything. `operators_if_built` is
 for those to whom it is not worth a minute of building. `HAM_NATIVE=0` in the environment turns both
-off. Imports nothing else of ours.
+off. Imports nothing else of ours, and torch only when asked for them.
 """
 
 import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from hamcli.native.building import CannotBuild, build, find_built
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,11 @@ class Status:
 
 def operators() -> Any | None:
     """The extension's operators, `torch.ops.ham_native`; None where they cannot be had."""
-    return torch.ops.ham_native if prepare().is_available else None
+    if not prepare().is_available:
+        return None
+    import torch
+
+    return torch.ops.ham_native
 
 
 def operators_if_built() -> Any | None:
@@ -69,6 +73,8 @@ def prepare(note: Callable[[str], None] | None = None) -> Status:
 def _settle(note: Callable[[str], None] | None) -> Status:
     if os.environ.get("HAM_NATIVE", "1") == "0":
         return Status(False, "native step off: HAM_NATIVE=0")
+    import torch
+
     try:
         torch.ops.load_library(str(build(note)))  # type: ignore[no-untyped-call]  # torch's own
     except CannotBuild as error:
@@ -88,13 +94,17 @@ def _rounds_as_torch() -> bool:
 
 
 @functools.cache
-def _numbers() -> tuple[Tensor, Tensor]:
+def _numbers() -> "tuple[Tensor, Tensor]":
     """Weights and gradients with busy digits; no vector's length divides their number."""
+    import torch
+
     steps = torch.arange(1, 1_038, dtype=torch.float64, device="cpu")
     return torch.sin(steps).float() * 0.1, torch.cos(steps * steps).float() * 1e-3
 
 
 def _one_adam_step(decoupled: bool, weight_decay: float) -> bool:
+    import torch
+
     w, g = _numbers()
     ours, theirs = ([w.clone(), g * 0.5, g * g] for _ in range(2))
     step = torch.full((), 3.0, device="cpu")
@@ -137,6 +147,8 @@ def _one_adam_step(decoupled: bool, weight_decay: float) -> bool:
 
 
 def _one_sgd_step(nesterov: bool, weight_decay: float) -> bool:
+    import torch
+
     w, g = _numbers()
     ours, theirs = ([w.clone(), g * 0.5] for _ in range(2))
     torch._fused_sgd_(
