@@ -27,13 +27,18 @@ def has_any(source: Source | None, names: Sequence[str]) -> bool:
     return source is not None and any(find_file(source.folder, name) for name in names)
 
 
-def copy_side_files(source: Source, stage: Path) -> tuple[str, ...]:
+def copy_side_files(source: Source, stage: Path, extra: Sequence[str] = ()) -> tuple[str, ...]:
     """Copy tokenizer, processor, sentence-transformers and licence files, without code and paths.
+
+    Args:
+        source: Whose they are.
+        stage: Where they go.
+        extra: More names to copy where they are there.
 
     Returns:
         Notes on what was left out.
     """
-    names = [*TOKENIZER, *PROCESSOR, *LICENCES]
+    names = [*TOKENIZER, *PROCESSOR, *LICENCES, *extra]
     is_sentence, note = _sentence_files(source)
     if is_sentence:
         names += SENTENCE

@@ -146,7 +146,7 @@ def prune(
         watcher.stage("starting")
         from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.pruning import prune as prune_model
+        from hamcli.streaming import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)

@@ -30,13 +30,9 @@ def show_report(screen: Screen, report: Any, folder: Path) -> None:
             rows.append(
                 ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
             )
-    rows.append(
-        (
-            "size",
-            size(report.size.dense_bytes),
-            f"{size(report.size.packed_bytes)} packed, {size(report.size.gzip_bytes)} after gzip",
-        )
-    )
+    else:
+        rows.append(("quality", "not measured", f"ham eval {folder} --against {report.model.id}"))
+    rows.append(("size", size(report.size.dense_bytes), _other_sizes(report.size)))
     screen.result(
         report.to_dict(),
         facts(rows),
@@ -47,6 +43,11 @@ def show_report(screen: Screen, report: Any, folder: Path) -> None:
         failed = [one for one in report.gate.conditions if not one.passed]
         faults = [GateFailed("E301", "gate failed", folder, _condition(one)) for one in failed]
         raise GateFailed("E301", "gate failed", folder, faults[0].why, others=faults[1:])
+
+
+def _other_sizes(found: Any) -> str:
+    others = [(found.packed_bytes, "packed"), (found.gzip_bytes, "after gzip")]
+    return ", ".join(f"{size(one)} {form}" for one, form in others if one is not None)
 
 
 def _speed(report: Any) -> str:

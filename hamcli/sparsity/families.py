@@ -23,6 +23,7 @@ _HEADS = (
     "ForImageClassification",
 )
 _LANGUAGE_HEADS = _HEADS[:3]
+_STATISTICS = ("running_mean", "running_var", "inv_freq", "num_batches_tracked")
 
 
 class Undecided(Exception):
@@ -64,8 +65,8 @@ class FileTargets:
 
     items: tuple[FileTarget, ...]
     exclude: tuple[str, ...]
-    dense: int
-    """How many tensors that might be targets stay dense."""
+    parameters: frozenset[str]
+    """The tensors of the files that are parameters and no buffers."""
 
     def __iter__(self) -> Any:
         return iter(self.items)
@@ -104,7 +105,7 @@ def by_names(
     found = [one for one in candidates if is_dense_by_name(one.name)]
     every_name = [*shapes, *map(module_of, shapes)]
     chosen, globs = choose(candidates, every_name, found, include, exclude)
-    return FileTargets(tuple(chosen), globs, len(candidates) - len(chosen))
+    return FileTargets(tuple(chosen), globs, frozenset(shapes))
 
 
 def by_family(
@@ -131,7 +132,7 @@ def by_family(
     placed = _Placed(family, config, shapes)
     chosen, globs = choose(placed.candidates, placed.every_name, placed.dense, include, exclude)
     placed.refuse_doubtful(chosen)
-    return FileTargets(tuple(chosen), globs, len(placed.candidates) - len(chosen))
+    return FileTargets(tuple(chosen), globs, placed.parameters())
 
 
 # ---- what is known of architectures ----
@@ -493,6 +494,22 @@ class _Placed:
             words = name.split(".")
             modules += [".".join(words[:end]) for end in range(1, len(words))]
         return list(dict.fromkeys([*modules, *names]))
+
+    def parameters(self) -> frozenset[str]:
+        """The tensors of the files that are parameters of the model, each once."""
+        buffers = {
+            name
+            for line in self.family.lines
+            if line.is_buffer
+            for name in self.body.get(_key(line.files[0]), {}).values()
+        }
+        twice = {
+            name
+            for name in self.head_names
+            if self.is_tied and self._head_name(name) == self.family.head
+        }
+        statistics = {name for name in self.shapes if name.endswith(_STATISTICS)}
+        return frozenset(self.shapes) - buffers - twice - statistics
 
     def refuse_doubtful(self, chosen: Sequence[FileTarget]) -> None:
         """Refuse to tell what the order of several heads or a tensor stored twice is."""
