@@ -34,7 +34,7 @@ from hamcli.cli.words import (
     listed,
     switches,
 )
-from hamcli.errors import GateFailed, InputRefused, UsageError, printable
+from hamcli.errors import GateFailed, UsageError, printable
 
 app = typer.Typer(
     name="ham",
@@ -158,18 +158,29 @@ def prune(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
     as_json: JsonWord = False,
-    all_: Annotated[bool, typer.Option("--all", help="Every tensor, not the largest 40.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Each tensor, not a line for all layers.")
+    ] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read the values: zeros, N:M fit, duplicates.")
+    ] = False,
+    quiet: QuietWord = False,
 ) -> None:
-    """Sparsity, near-zero mass, 2:4 fit, dtype and bytes of each tensor of a checkpoint."""
+    """Tensors of a checkpoint: shapes, dtypes, bytes, ties; from headers alone unless --values."""
+    from hamcli.checkpoint.inspection import dense_size
     from hamcli.checkpoint.inspection import inspect as inspect_path
     from hamcli.cli.shown import show_inspection
     from hamcli.console import Screen
 
-    if not path.exists():
-        raise InputRefused(
-            "E401", "no such checkpoint", path, "", "a folder or a .safetensors file"
-        )
-    show_inspection(Screen(as_json=as_json), inspect_path(path), limit=None if all_ else 40)
+    screen = Screen(quiet=quiet, as_json=as_json)
+    if not values:
+        show_inspection(screen, inspect_path(path), each=all_)
+        return
+    with screen.watcher("inspect") as watcher:
+        watcher.begin_bytes("reading values", 2 * dense_size(path))
+        found = inspect_path(path, values=True, advance=watcher.bytes_done)
+        watcher.end_bytes()
+    show_inspection(screen, found, each=all_)
 
 
 @app.command("eval")
