@@ -23,6 +23,7 @@ from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
 from hamcli.runstate import Checkpoint, RunState
 from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
+from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
 from hamcli.sparsity.levels import Levels
@@ -445,7 +446,7 @@ class Sparsification:
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
-            size=outcome.size_record(written.stage, self.opened.source.weights),
+            size=size_record(written.stage, self.opened.source.weights),
             quality=quality,
             training=self._training_record(objective, optimizer, dense_weights, seconds),
             gate=outcome.gate_record(

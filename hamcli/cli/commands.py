@@ -34,7 +34,7 @@ from hamcli.cli.words import (
     listed,
     switches,
 )
-from hamcli.errors import GateFailed, InputRefused, UsageError, printable
+from hamcli.errors import GateFailed, UsageError, printable
 
 app = typer.Typer(
     name="ham",
@@ -101,8 +101,8 @@ def sparsify(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("sparsify") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
         from hamcli.pipeline import run_sparsify
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -146,9 +146,9 @@ def prune(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("prune") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
-        from hamcli.pruning import prune as prune_model
+        from hamcli.streaming import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
@@ -160,18 +160,29 @@ def prune(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
     as_json: JsonWord = False,
-    all_: Annotated[bool, typer.Option("--all", help="Every tensor, not the largest 40.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Each tensor, not a line for all layers.")
+    ] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read the values: zeros, N:M fit, duplicates.")
+    ] = False,
+    quiet: QuietWord = False,
 ) -> None:
-    """Sparsity, near-zero mass, 2:4 fit, dtype and bytes of each tensor of a checkpoint."""
+    """Tensors of a checkpoint: shapes, dtypes, bytes, ties; from headers alone unless --values."""
+    from hamcli.checkpoint.inspection import dense_size
     from hamcli.checkpoint.inspection import inspect as inspect_path
     from hamcli.cli.shown import show_inspection
     from hamcli.console import Screen
 
-    if not path.exists():
-        raise InputRefused(
-            "E401", "no such checkpoint", path, "", "a folder or a .safetensors file"
-        )
-    show_inspection(Screen(as_json=as_json), inspect_path(path), limit=None if all_ else 40)
+    screen = Screen(quiet=quiet, as_json=as_json)
+    if not values:
+        show_inspection(screen, inspect_path(path), each=all_)
+        return
+    with screen.watcher("inspect") as watcher:
+        watcher.begin_bytes("reading values", 2 * dense_size(path))
+        found = inspect_path(path, values=True, advance=watcher.bytes_done)
+        watcher.end_bytes()
+    show_inspection(screen, found, each=all_)
 
 
 @app.command("eval")
@@ -198,7 +209,7 @@ def evaluate(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("eval") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.pruning import evaluate as evaluate_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -293,7 +304,7 @@ def plan(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("plan") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.planning import plan as plan_run
 
         found = plan_run(complete(layers, has_recipe=recipe is not None), watcher)
@@ -371,8 +382,8 @@ def compare(
         watcher.stage("starting")
         from hamcli.comparison import Grid
         from hamcli.comparison import compare as compare_methods
+        from hamcli.completing import complete
         from hamcli.defaults import compare_folder
-        from hamcli.opening import complete
 
         grid = Grid(
             tuple(listed(methods, str, "--methods")),

@@ -3,7 +3,7 @@
 `operators` is the way in. It builds the extension on first use and gives None where that is not
 possible, for whatever reason; the callers have slower forms of everything. `operators_if_built` is
 for those to whom it is not worth a minute of building. `HAM_NATIVE=0` in the environment turns both
-off.
+off. Imports nothing else of ours, and torch only when asked for them.
 """
 
 import functools
@@ -12,10 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from hamcli.native.building import CannotBuild, build, find_built
-from hamcli.native.rounding import rounds_as_torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +30,11 @@ class Status:
 
 def operators() -> Any | None:
     """The extension's operators, `torch.ops.ham_native`; None where they cannot be had."""
-    return torch.ops.ham_native if prepare().is_available else None
+    if not prepare().is_available:
+        return None
+    import torch
+
+    return torch.ops.ham_native
 
 
 def operators_if_built() -> Any | None:
@@ -69,6 +70,10 @@ def prepare(note: Callable[[str], None] | None = None) -> Status:
 def _settle(note: Callable[[str], None] | None) -> Status:
     if os.environ.get("HAM_NATIVE", "1") == "0":
         return Status(False, "native step off: HAM_NATIVE=0")
+    import torch
+
+    from hamcli.native.rounding import rounds_as_torch
+
     try:
         torch.ops.load_library(str(build(note)))  # type: ignore[no-untyped-call]  # torch's own
     except CannotBuild as error:
