@@ -104,7 +104,7 @@ def test_prune_is_exact_and_trains_nothing(tmp_path):
 
 
 def test_inspect_counts_and_eval_measures(sparse, tmp_path):
-    found = json.loads(ham("inspect", sparse[0], "--json", cwd=tmp_path).stdout)
+    found = json.loads(ham("inspect", sparse[0], "--values", "--json", cwd=tmp_path).stdout)
     assert found["matrix_zeros"] >= sparse[1]["sparsity"]["zeros"]
     words = ["eval", sparse[0], "--against", RESNET, "--json", "--set", "evaluation.examples=32"]
     found = json.loads(ham(*words, cwd=tmp_path).stdout)
