@@ -28,11 +28,6 @@ COMPILERS = ("c++", "g++", "clang++")
 BUILD_SECONDS = 600
 WAIT_SECONDS = 300
 
-STEP = "step.cpp"
-# torch has its fused steps for AVX2 alone, also where the CPU has AVX-512. The length of their
-# vectors decides how many last weights are taken one by one, and those round otherwise.
-STEP_CAPABILITIES = {"AVX512": "AVX2"}
-
 # What torch itself compiles its kernels with, by what it calls the capability of the CPU.
 X86_FLAGS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
@@ -96,11 +91,8 @@ def find_compiler() -> str:
     raise CannotBuild(f"no C++ compiler was found (looked for {wished or ', '.join(COMPILERS)})")
 
 
-def compile_flags(source: str = "") -> tuple[str, ...]:
+def compile_flags() -> tuple[str, ...]:
     """Flags for this CPU and this torch.
-
-    Args:
-        source: Name of the file; the step has vectors as long as those of torch's.
 
     Raises:
         CannotBuild: The CPU has no vector unit that torch names, or the system is not known.
@@ -110,8 +102,6 @@ def compile_flags(source: str = "") -> tuple[str, ...]:
     import torch
 
     capability = torch.backends.cpu.get_cpu_capability()
-    if source == STEP:
-        capability = STEP_CAPABILITIES.get(capability, capability)
     vector_flags: tuple[str, ...] = ()
     if platform.machine() in ("arm64", "aarch64"):
         capability = "DEFAULT"  # of NEON
@@ -184,7 +174,6 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
     program = Path(compiler).resolve()
     status = program.stat()
     seen = (program, status.st_size, status.st_mtime_ns, torch.__version__, *flags)
-    seen += ("of the step", *compile_flags(STEP))
     digest.update(repr(seen).encode())
     return f"torch-{torch.__version__.partition('+')[0]}-{digest.hexdigest()[:16]}"
 
@@ -197,10 +186,7 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
         compiling = [
-            [
-                *(compiler, *(compile_flags(STEP) if source.name == STEP else flags)),
-                *("-c", str(source), "-o", str(made)),
-            ]
+            [compiler, *flags, "-c", str(source), "-o", str(made)]
             for source, made in zip(SOURCES, objects, strict=True)
         ]
         run_compilers(*compiling)
