@@ -212,7 +212,8 @@ def test_packed_and_back_is_bit_for_bit_and_both_are_read(sparse, tmp_path):
         "passed: sparsity 0.9 " in ham("check", packed, "--min-sparsity", 0.9, cwd=tmp_path).stdout
     )
     seen = [
-        json.loads(ham("inspect", one, "--json", cwd=tmp_path).stdout) for one in (dense, packed)
+        json.loads(ham("inspect", one, "--values", "--json", cwd=tmp_path).stdout)
+        for one in (dense, packed)
     ]
     assert [one["zeros"] for one in seen[0]["tensors"]] == [
         one["zeros"] for one in seen[1]["tensors"]

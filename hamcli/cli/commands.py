@@ -132,13 +132,14 @@ def prune(
     config: ConfigWord = None,
     method: PruneMethodWord = None,
     pattern: PatternWord = None,
+    format_: FormatWord = None,
     max_drop: DropWord = None,
     overwrite: OverwriteWord = False,
     as_json: JsonWord = False,
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Prune exactly in one shot, without training; export, report."""
+    """Prune exactly in one shot, without training, file by file where that will do; report."""
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_report
     from hamcli.console import Screen

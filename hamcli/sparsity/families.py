@@ -98,7 +98,7 @@ def by_names(
         RecipeError: As `choice.choose`.
     """
     candidates = [
-        FileTarget((name,), shape, 1, len(shape) == 3, (name,))
+        FileTarget((name,), shape, 2 if len(shape) == 3 else 1, len(shape) == 3, (name,))
         for name, shape in sorted(shapes.items(), key=lambda one: _natural(one[0]))
         if _is_prunable(shape)
     ]
