@@ -145,7 +145,7 @@ def objective_of(opened: Opened) -> Objective:
     )
 
 
-def run_identity(opened: Opened) -> RunIdentity:
+def run_identity(opened: Opened, num_processes: int = 1) -> RunIdentity:
     """All that the bytes of the run depend on."""
     return RunIdentity(
         recipe=public_recipe(opened.recipe),
@@ -155,6 +155,7 @@ def run_identity(opened: Opened) -> RunIdentity:
         versions=installed_versions(),
         device=opened.recipe.training.device,
         threads=torch.get_num_threads(),
+        num_processes=num_processes,
     )
 
 

@@ -20,6 +20,7 @@ from hamcli.cli.words import (
     ModelWord,
     OutWord,
     OverwriteWord,
+    ParallelWord,
     PatternWord,
     PruneMethodWord,
     QuietWord,
@@ -35,6 +36,7 @@ from hamcli.cli.words import (
     switches,
 )
 from hamcli.errors import GateFailed, UsageError, printable
+from hamcli.parallel.launch import refuse_several
 
 app = typer.Typer(
     name="ham",
@@ -59,11 +61,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _top(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Make pretrained networks sparse with Hyperbolic Aware Minimization, and keep them good."""
+    if ctx.invoked_subcommand not in (None, "sparsify"):
+        refuse_several(ctx.invoked_subcommand)
 
 
 @app.command()
@@ -82,6 +87,7 @@ def sparsify(
     steps: StepsWord = None,
     seed: SeedWord = None,
     device: DeviceWord = None,
+    parallel: ParallelWord = None,
     format_: FormatWord = None,
     max_drop: DropWord = None,
     resume: Annotated[
