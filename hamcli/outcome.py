@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hamcli.checkpoint.headers import read_header
 from hamcli.checkpoint.packed.files import (
     dense_bytes,
     dense_stream,
+    is_packed_file,
     packed_bytes,
     read_any_header,
 )
@@ -32,6 +34,7 @@ from hamcli.report.records import (
     TensorRecord,
 )
 from hamcli.runstate import installed_versions
+from hamcli.speed import Found, speed_of
 
 GZIP_LEVEL = 6
 BINS = 80
@@ -94,6 +97,7 @@ def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
         gzip_bytes=sum(gzip_bytes(path) for path in written),
         input_bytes=sum(path.stat().st_size for path in inputs),
         input_gzip_bytes=sum(gzip_bytes(path) for path in inputs),
+        format="packed" if any(is_packed_file(read_header(path)) for path in written) else "dense",
     )
 
 
@@ -132,6 +136,23 @@ def histogram(before: Sequence[Tensor], after: Sequence[Tensor]) -> Histogram:
 def _bins(values: Tensor) -> tuple[int, ...]:
     alive = values[values != 0]
     return tuple(int(count) for count in torch.histc(alive, bins=BINS, min=-1, max=1))
+
+
+def measured_speed(
+    opened: Opened, model: torch.nn.Module, tensors: Sequence[TensorRecord], device: torch.device
+) -> Found:
+    """Speed of the model as reloaded, some of whose modules become sparse; or why there is none.
+
+    Args:
+        opened: The run.
+        model: From the written files.
+        tensors: As counted there.
+        device: Of the run.
+    """
+    others = (one.dtype for one in tensors if one.dtype != "F32")
+    wanted = opened.recipe.evaluation.speed == "auto"
+    is_cpu = device.type == "cpu"
+    return speed_of(model, wanted=wanted, dtype=next(others, "F32"), is_cpu=is_cpu)
 
 
 def gate_record(
