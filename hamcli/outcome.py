@@ -1,22 +1,13 @@
 """What a run found and wrote, turned into records: counts, sizes, quality, machine, gate."""
 
 import platform
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hamcli.checkpoint.headers import read_header
-from hamcli.checkpoint.packed.files import (
-    dense_bytes,
-    dense_stream,
-    is_packed_file,
-    packed_bytes,
-    read_any_header,
-)
-from hamcli.checkpoint.recount import count_zeros, weight_files
+from hamcli.checkpoint.recount import count_zeros
 from hamcli.data import Data
 from hamcli.evaluation import Quality, drop
 from hamcli.opening import Opened, data_digests
@@ -29,14 +20,12 @@ from hamcli.report.records import (
     Histogram,
     ModelRecord,
     QualityRecord,
-    SizeRecord,
     SparsityRecord,
     TensorRecord,
 )
 from hamcli.runstate import installed_versions
 from hamcli.speed import Found, speed_of
 
-GZIP_LEVEL = 6
 BINS = 80
 HISTOGRAM_LIMIT = 2_000_000  # weights; beyond it every n-th counts
 
@@ -86,26 +75,6 @@ def sparsity_record(
         allocation=allocation,
         pattern=pattern,
     )
-
-
-def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
-    """Bytes of the weight files: dense, packed, and dense as gzip makes them."""
-    written = weight_files(folder)
-    return SizeRecord(
-        dense_bytes=sum(dense_bytes(read_any_header(path)) for path in written),
-        packed_bytes=sum(map(packed_bytes, written)),
-        gzip_bytes=sum(gzip_bytes(path) for path in written),
-        input_bytes=sum(path.stat().st_size for path in inputs),
-        input_gzip_bytes=sum(gzip_bytes(path) for path in inputs),
-        format="packed" if any(is_packed_file(read_header(path)) for path in written) else "dense",
-    )
-
-
-def gzip_bytes(path: Path) -> int:
-    """Size of the file after gzip, in its dense form, streamed and not kept."""
-    packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
-    total = sum(len(packer.compress(block)) for block in dense_stream(path))
-    return total + len(packer.flush())
 
 
 def file_records(folder: Path, files: Sequence[tuple[str, int, str]]) -> tuple[FileRecord, ...]:
@@ -203,8 +172,10 @@ def model_record(opened: Opened) -> ModelRecord:
     )
 
 
-def environment_record(device: torch.device, precision: str) -> EnvironmentRecord:
-    """Versions and device; no host name, no path."""
+def environment_record(
+    device: torch.device, precision: str, num_processes: int = 1, parallel: str = "none"
+) -> EnvironmentRecord:
+    """Versions, device and processes; no host name, no path."""
     on_cuda = device.type == "cuda"
     return EnvironmentRecord(
         versions=installed_versions(),
@@ -214,6 +185,8 @@ def environment_record(device: torch.device, precision: str) -> EnvironmentRecor
         precision="fp32" if precision == "no" else precision,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
+        num_processes=num_processes,
+        parallel=parallel,
     )
 
 

@@ -13,7 +13,7 @@ from hamcli.objective import make_teacher
 from hamcli.opening import Opened, objective_of, open_run, rules_of
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
-from hamcli.sizing import Pruning, SizeEstimate, estimate_sizes
+from hamcli.shrinking import Pruning, SizeEstimate, estimate_sizes
 from hamcli.sparsity.catalogue import COPIES
 from hamcli.sparsity.factors import KINDS
 

@@ -8,8 +8,8 @@ import torch
 from hamcli import speed
 from hamcli.cli.shown import show_report
 from hamcli.cli.words import layers_of
+from hamcli.completing import complete
 from hamcli.console import Screen
-from hamcli.opening import complete
 from hamcli.progress import Silent
 from hamcli.pruning import prune
 from hamcli.report.records import Report

@@ -20,6 +20,7 @@ from hamcli.cli.words import (
     ModelWord,
     OutWord,
     OverwriteWord,
+    ParallelWord,
     PatternWord,
     PruneMethodWord,
     QuietWord,
@@ -34,7 +35,8 @@ from hamcli.cli.words import (
     listed,
     switches,
 )
-from hamcli.errors import GateFailed, InputRefused, UsageError, printable
+from hamcli.errors import GateFailed, UsageError, printable
+from hamcli.parallel.launch import refuse_several
 
 app = typer.Typer(
     name="ham",
@@ -59,11 +61,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _top(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Make pretrained networks sparse with Hyperbolic Aware Minimization, and keep them good."""
+    if ctx.invoked_subcommand not in (None, "sparsify"):
+        refuse_several(ctx.invoked_subcommand)
 
 
 @app.command()
@@ -82,6 +87,7 @@ def sparsify(
     steps: StepsWord = None,
     seed: SeedWord = None,
     device: DeviceWord = None,
+    parallel: ParallelWord = None,
     format_: FormatWord = None,
     max_drop: DropWord = None,
     resume: Annotated[
@@ -101,8 +107,8 @@ def sparsify(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("sparsify") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
         from hamcli.pipeline import run_sparsify
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -132,13 +138,14 @@ def prune(
     config: ConfigWord = None,
     method: PruneMethodWord = None,
     pattern: PatternWord = None,
+    format_: FormatWord = None,
     max_drop: DropWord = None,
     overwrite: OverwriteWord = False,
     as_json: JsonWord = False,
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Prune exactly in one shot, without training; export, report."""
+    """Prune exactly in one shot, without training, file by file where that will do; report."""
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_report
     from hamcli.console import Screen
@@ -146,9 +153,9 @@ def prune(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("prune") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
-        from hamcli.pruning import prune as prune_model
+        from hamcli.streaming import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
@@ -160,18 +167,29 @@ def prune(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
     as_json: JsonWord = False,
-    all_: Annotated[bool, typer.Option("--all", help="Every tensor, not the largest 40.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Each tensor, not a line for all layers.")
+    ] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read the values: zeros, N:M fit, duplicates.")
+    ] = False,
+    quiet: QuietWord = False,
 ) -> None:
-    """Sparsity, near-zero mass, 2:4 fit, dtype and bytes of each tensor of a checkpoint."""
+    """Tensors of a checkpoint: shapes, dtypes, bytes, ties; from headers alone unless --values."""
+    from hamcli.checkpoint.inspection import dense_size
     from hamcli.checkpoint.inspection import inspect as inspect_path
     from hamcli.cli.shown import show_inspection
     from hamcli.console import Screen
 
-    if not path.exists():
-        raise InputRefused(
-            "E401", "no such checkpoint", path, "", "a folder or a .safetensors file"
-        )
-    show_inspection(Screen(as_json=as_json), inspect_path(path), limit=None if all_ else 40)
+    screen = Screen(quiet=quiet, as_json=as_json)
+    if not values:
+        show_inspection(screen, inspect_path(path), each=all_)
+        return
+    with screen.watcher("inspect") as watcher:
+        watcher.begin_bytes("reading values", 2 * dense_size(path))
+        found = inspect_path(path, values=True, advance=watcher.bytes_done)
+        watcher.end_bytes()
+    show_inspection(screen, found, each=all_)
 
 
 @app.command("eval")
@@ -198,7 +216,7 @@ def evaluate(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("eval") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.pruning import evaluate as evaluate_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -293,7 +311,7 @@ def plan(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("plan") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.planning import plan as plan_run
 
         found = plan_run(complete(layers, has_recipe=recipe is not None), watcher)
@@ -371,8 +389,8 @@ def compare(
         watcher.stage("starting")
         from hamcli.comparison import Grid
         from hamcli.comparison import compare as compare_methods
+        from hamcli.completing import complete
         from hamcli.defaults import compare_folder
-        from hamcli.opening import complete
 
         grid = Grid(
             tuple(listed(methods, str, "--methods")),

@@ -53,6 +53,10 @@ PatternWord = Annotated[
 StepsWord = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 SeedWord = Annotated[int | None, typer.Option("--seed", help="Seed of data order and dropout.")]
 DeviceWord = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:N] or mps.")]
+ParallelWord = Annotated[
+    str | None,
+    typer.Option("--parallel", help="auto, none, ddp or fsdp; under torchrun, auto is ddp."),
+]
 FormatWord = Annotated[
     str | None, typer.Option("--format", help="Form of the result: dense or packed.")
 ]
@@ -76,6 +80,7 @@ FLAGS = {
     "steps": "training.steps",
     "seed": "training.seed",
     "device": "training.device",
+    "parallel": "training.parallel",
     "format_": "export.format",
     "max_drop": "gate.max_drop",
 }

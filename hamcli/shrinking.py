@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from hamcli.errors import RecipeError
+from hamcli.sizes import GZIP_LEVEL
 from hamcli.sparsity.globs import literal
 from hamcli.sparsity.masks import prune_masks
 from hamcli.sparsity.targets import Targets, select_targets
 
-GZIP_LEVEL = 6
 CHUNK = 1 << 16  # bytes of a tensor that gzip sees at once: twice its window
 CHUNKS = 16
 

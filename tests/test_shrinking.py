@@ -10,12 +10,12 @@ from hamcli.checkpoint.packed.files import packed_size
 from hamcli.checkpoint.source import find_model
 from hamcli.cli.shown import show_plan
 from hamcli.cli.words import layers_of
+from hamcli.completing import complete
 from hamcli.console import Screen
-from hamcli.opening import complete
-from hamcli.outcome import gzip_bytes
 from hamcli.planning import plan
 from hamcli.progress import Silent
-from hamcli.sizing import Pruning, entropy_bytes, estimate_sizes
+from hamcli.shrinking import Pruning, entropy_bytes, estimate_sizes
+from hamcli.sizes import gzip_bytes
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.targets import select_targets
 from tests.checkpoint import pico
