@@ -23,6 +23,7 @@ from hamcli.checkpoint.packed.folders import mark_config, unmark_config
 from hamcli.checkpoint.source import find_weights
 from hamcli.errors import InputRefused, UsageError
 from hamcli.progress import Progress
+from hamcli.report.moving import restate
 from hamcli.runstate import RunState, disk_errors
 
 NATIVE_FROM = 256 * 2**20
@@ -110,6 +111,8 @@ def _export_folder(
         stage = run.stage()
         with disk_errors("cannot write the checkpoint", stage):
             _convert(folder, stage, form, weights, progress.bytes_done)
+            for name in restate(stage, form):
+                progress.warn(f"{name} is not as this version writes it, and stays as it was")
         names = files_of(stage)
         for left in _left_out(folder, names):
             progress.note(f"not copied: {left}")

@@ -24,6 +24,7 @@ from hamcli.report.records import (
     TensorRecord,
 )
 from hamcli.runstate import installed_versions
+from hamcli.speed import Found, speed_of
 
 BINS = 80
 HISTOGRAM_LIMIT = 2_000_000  # weights; beyond it every n-th counts
@@ -104,6 +105,23 @@ def histogram(before: Sequence[Tensor], after: Sequence[Tensor]) -> Histogram:
 def _bins(values: Tensor) -> tuple[int, ...]:
     alive = values[values != 0]
     return tuple(int(count) for count in torch.histc(alive, bins=BINS, min=-1, max=1))
+
+
+def measured_speed(
+    opened: Opened, model: torch.nn.Module, tensors: Sequence[TensorRecord], device: torch.device
+) -> Found:
+    """Speed of the model as reloaded, some of whose modules become sparse; or why there is none.
+
+    Args:
+        opened: The run.
+        model: From the written files.
+        tensors: As counted there.
+        device: Of the run.
+    """
+    others = (one.dtype for one in tensors if one.dtype != "F32")
+    wanted = opened.recipe.evaluation.speed == "auto"
+    is_cpu = device.type == "cpu"
+    return speed_of(model, wanted=wanted, dtype=next(others, "F32"), is_cpu=is_cpu)
 
 
 def gate_record(

@@ -67,7 +67,10 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
         )
         progress.stage("measuring dense and pruned")
         dense = _measure(opened, teacher, teacher, device)
-        sparse = _measure(opened, reload(opened, written.stage, device), teacher, device)
+        again = reload(opened, written.stage, device)
+        sparse = _measure(opened, again, teacher, device)
+        progress.stage("measuring speed")
+        speed, no_speed = outcome.measured_speed(opened, again, tensors, device)
         quality = outcome.quality_record(dense, sparse, None, opened.data)
         report = Report(
             ham_version=__version__,
@@ -79,6 +82,8 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             files=outcome.file_records(written.stage, written.files),
             size=size_record(written.stage, opened.source.weights),
             quality=quality,
+            speed=speed,
+            speed_reason=no_speed,
             gate=outcome.gate_record(
                 recipe.gate.max_drop, recipe.gate.min_sparsity, quality.drop, sparsity.achieved
             ),

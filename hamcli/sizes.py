@@ -4,9 +4,11 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from hamcli.checkpoint.headers import read_header
 from hamcli.checkpoint.packed.files import (
     dense_bytes,
     dense_stream,
+    is_packed_file,
     packed_bytes,
     read_any_header,
 )
@@ -25,6 +27,7 @@ def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
         gzip_bytes=sum(gzip_bytes(path) for path in written),
         input_bytes=sum(path.stat().st_size for path in inputs),
         input_gzip_bytes=sum(gzip_bytes(path) for path in inputs),
+        format="packed" if any(is_packed_file(read_header(path)) for path in written) else "dense",
     )
 
 

@@ -517,8 +517,11 @@ class Sparsification:
         if sparsity.zeros < sparsifier.num_zeros:
             raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
         self.progress.stage("measuring the written model")
-        sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
+        again = reload(self.opened, written.stage, self.device)
+        sparse = self._measure(again, teacher)
         assert sparse is not None, "process 0 measures"
+        self.progress.stage("measuring speed")
+        speed, no_speed = outcome.measured_speed(self.opened, again, tensors, self.device)
         quality = outcome.quality_record(dense, sparse, one_shot, self.data)
         self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
         return Report(
@@ -536,6 +539,8 @@ class Sparsification:
             files=outcome.file_records(written.stage, written.files),
             size=size_record(written.stage, self.opened.source.weights),
             quality=quality,
+            speed=speed,
+            speed_reason=no_speed,
             training=self._training_record(objective, optimizer, dense_weights, seconds),
             gate=outcome.gate_record(
                 self.recipe.gate.max_drop,

@@ -232,8 +232,18 @@ def show_plan(screen: Screen, found: Any) -> None:
         ("memory", f"{size(found.memory_bytes)} and activations"),
         ("disk", size(found.disk_bytes)),
         *(("cost", cost) for cost in found.costs),
+        *((f"file, {one.targets}", _size_words(one)) for one in found.sizes),
     ]
     screen.result(asdict(found), facts(rows))
+
+
+def _size_words(one: Any) -> str:
+    packed, gzipped = (one.dense_bytes / max(1, n) for n in (one.packed_bytes, one.gzip_bytes))
+    text = (
+        f"{size(one.dense_bytes)} dense, about {size(one.packed_bytes)} packed ({packed:.1f} x "
+        f"smaller), {size(one.gzip_bytes)} in gzip ({gzipped:.1f} x)"
+    )
+    return f"{text}; --set '{one.setting}', at a cost in quality" if one.setting else text
 
 
 def show_theory(screen: Screen, found: Any, out: Path | None) -> None:

@@ -248,6 +248,11 @@ class EvaluationSection(Section):
 
     examples: Count = Field(512, description="held-out examples at most")
     batch_size: Count = 32
+    speed: Literal["auto", "off"] = Field(
+        "auto",
+        description="seconds of inference by hamcli.load beside dense, after a run on a CPU in "
+        "fp32; off = not measured",
+    )
 
 
 class ExportSection(Section):

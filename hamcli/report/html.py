@@ -127,11 +127,12 @@ def _quality(quality: QualityRecord) -> dict[str, Any]:
 
 
 def _size_bars(size: SizeRecord) -> list[Bar]:
+    written = "sparse, dense form" if size.format == "packed" else "written"
     values = [
         ("input", size.input_bytes, "dense"),
-        ("written", size.dense_bytes, "sparse"),
+        (written, size.dense_bytes, "sparse"),
         ("input, gzip", size.input_gzip_bytes, "dense"),
-        ("written, gzip", size.gzip_bytes, "sparse"),
+        (f"{written}, gzip", size.gzip_bytes, "sparse"),
         ("packed", size.packed_bytes, "sparse"),
     ]
     largest = max([value for _, value, _ in values if value is not None]) or 1

@@ -10,8 +10,8 @@ from torch.sparse._semi_structured_conversions import (
 
 import hamcli
 from hamcli.cli.words import layers_of
+from hamcli.completing import complete
 from hamcli.errors import UsageError
-from hamcli.opening import complete
 from hamcli.progress import Silent
 from hamcli.pruning import prune
 from hamcli.runtime import loading
