@@ -3,8 +3,8 @@
     python benchmarks/stream.py [--gigabytes 8] [--folder DIR] [--json FILE]
 
 Makes a synthetic checkpoint of a llama in bf16 and eight shards, copies it with `cp -r`, prunes it
-globally at 90 % and in 2:4, and inspects its headers. Each is a process of its own; CPU time is user
-and system together, memory the greatest resident set. The folder needs three times the size.
+globally at 90 % and in 2:4, and inspects its headers. Each is a process of its own; CPU time is
+user and system together, memory the greatest resident set. The folder needs twice the size.
 """
 
 import argparse
@@ -25,6 +25,7 @@ POOL = 1 << 24
 
 
 def layer_shapes(index):
+    """Name → shape of one layer."""
     head = f"model.layers.{index}"
     return {
         f"{head}.input_layernorm.weight": (HIDDEN,),
@@ -40,6 +41,7 @@ def layer_shapes(index):
 
 
 def size(shape):
+    """Elements."""
     count = 1
     for one in shape:
         count *= one
@@ -47,6 +49,7 @@ def size(shape):
 
 
 def all_shapes(gigabytes):
+    """Number of layers, and name → shape of all tensors."""
     layer = sum(map(size, layer_shapes(0).values()))
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * WORDS * HIDDEN) / layer))
     shapes = {"model.embed_tokens.weight": (WORDS, HIDDEN)}
@@ -119,6 +122,7 @@ def measured(command):
 
 
 def run(source, work):
+    """Every row of the table."""
     ham = [sys.executable, "-m", "hamcli"]
     rows = {}
     rows["cp"], _ = measured(["cp", "-r", source, work / "copy"])
@@ -140,6 +144,7 @@ def run(source, work):
 
 
 def main():
+    """Make, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")

@@ -109,6 +109,7 @@ def prune_files(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progr
         raise_on_signals() as guard,
         RunState(out, inputs=[opened.place], overwrite=overwrite) as run,
     ):
+        guard.arm()
         need = opened.dense_bytes + (opened.largest if opened.is_packing else 0)
         check_space(run.folder, need)
         stage = run.stage()

@@ -345,6 +345,29 @@ def test_whatever_stops_it_leaves_nothing_half(large, number, code, tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_ctrl_c_in_an_export_leaves_nothing(large, is_folder, tmp_path):
+    source, out = large.parent if is_folder else large, tmp_path / "out.safetensors"
+    if is_folder:
+        source = tmp_path / "model"
+        source.mkdir()
+        os.link(large, source / "model.safetensors")
+        before = [source]
+    else:
+        before = []
+    words = command("export", source, "--format", "packed", "--out", out, "-q")
+    process = subprocess.Popen(
+        words, env={**ENVIRONMENT, "HAM_NATIVE": "0"}, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        if len(list(tmp_path.iterdir())) > len(before):
+            process.send_signal(signal.SIGINT)
+            break
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert list(tmp_path.iterdir()) == before
+
+
 def test_a_full_disk_leaves_nothing(large, tmp_path):
     limit = 64 * 2**20
     done = subprocess.run(
