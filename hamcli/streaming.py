@@ -1,8 +1,8 @@
 """`ham prune`: by files alone where that is possible, in bounded memory and without torch.
 
 Files alone tell what magnitude pruning needs, for known architectures and for files without a
-config. What looks at data, measures quality or needs the network goes the road through memory, and
-a line says why.
+config; for others the network is built without weights. What looks at data, measures quality or
+stores its weights in other parts goes the road through memory, and a line says why.
 """
 
 import json
@@ -181,7 +181,13 @@ class _OpenedFiles:
         try:
             if self.source is None:
                 return by_names(shapes, include, exclude)
-            return by_family(self.source.config, shapes, include, exclude)
+            try:
+                return by_family(self.source.config, shapes, include, exclude)
+            except Undecided as why:
+                self.progress.note(f"torch is loaded to tell the targets: {why}")
+                from hamcli.skeletons import by_skeleton
+
+                return by_skeleton(self.source, shapes, include, exclude)
         except RecipeError as error:
             place = read.place("targets", "exclude" if error.code == "E215" else "include")
             raise RecipeError(
