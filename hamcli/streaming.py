@@ -13,7 +13,16 @@ from pathlib import Path
 
 from hamcli import __version__
 from hamcli.checkpoint.config import clean_config, infer_task
-from hamcli.checkpoint.folder import CONFIG, GENERATION, INDEX, SIDE_FILES, find_file, sha256
+from hamcli.checkpoint.folder import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    SIDE_FILES,
+    SINGLE,
+    find_file,
+    read_bytes,
+    sha256,
+)
 from hamcli.checkpoint.headers import Header, TensorInfo
 from hamcli.checkpoint.packed.folders import pack_in_place, unmark_config
 from hamcli.checkpoint.recount import count_zeros
@@ -142,8 +151,13 @@ class _OpenedFiles:
             weights = find_weights(self.place)
         else:
             self.source = find_model(model, config=recipe.model.config, hashed=False)
-            self.place = Path(model) if Path(model).is_file() else self.source.folder
-            weights = find_weights(self.place)
+            if Path(model).expanduser().is_file():
+                # its config makes it a model, whose one file has a fixed name
+                self.place = self.source.weights[0]
+                weights = {SINGLE: self.source.headers[0]}
+            else:
+                self.place = self.source.folder
+                weights = find_weights(self.place)
             _refuse_other_task(recipe, self.source)
         self.stamps = _stamps(weights.values())
         self.shards = open_shards(weights)
@@ -244,7 +258,7 @@ class _OpenedFiles:
             if self.place == folder and len(self.shards) > 1:
                 index = find_file(folder, INDEX)
                 assert index is not None, "several shards have an index"
-                (stage / INDEX).write_bytes(index.read_bytes())
+                (stage / INDEX).write_bytes(read_bytes(index))
             for note in copy_side_files(self.source, stage, extra=(GENERATION,)):
                 self.progress.note(note)
         if self.is_packing:
@@ -354,8 +368,8 @@ def _refuse_other_task(recipe: Recipe, source: Source) -> None:
 
 def _config(folder: Path, named: str | None) -> bytes:
     """config.json without what names code or places; as it is where it names none."""
-    path = folder / CONFIG if named is None or Path(named).is_dir() else Path(named)
-    found = find_file(path.parent.resolve(), path.name)
+    is_file = named is not None and Path(named).expanduser().is_file()
+    found = find_file(folder, Path(named).name if is_file and named else CONFIG)
     assert found is not None, "it was read before"
     raw = unmark_config(found)
     config = json.loads(raw)

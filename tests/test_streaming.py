@@ -219,6 +219,17 @@ def test_packed_goes_in_and_out(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_a_file_with_a_config_from_elsewhere_becomes_a_model(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    (tmp_path / "model" / "config.json").rename(tmp_path / "model" / "mine.json")
+    config = {"model.config": str(tmp_path / "model" / "mine.json"), "sparsity.target": 0.5}
+    by_files(tmp_path / "weights.safetensors", tmp_path / "out", **config)
+    model = load_model(find_model(str(tmp_path / "out"), hashed=False), "auto").model
+    zeros = sum(int((param == 0).sum()) for param in select_targets(model, ["*"], None).params)
+    assert zeros == round(0.5 * select_targets(model, ["*"], None).total)
+
+
 def test_what_names_code_or_places_is_left_out(tmp_path):
     pico.save(pico.llama(), tmp_path / "model")
     edit_config(tmp_path / "model", auto_map={"AutoModel": "evil.Model"}, _name_or_path="/secret")
