@@ -72,11 +72,21 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
     try:
         targets = select_targets(loaded.model, recipe.targets.include, recipe.targets.exclude)
     except RecipeError as error:
-        place = read.place("targets", "exclude" if error.code == "E215" else "include")
-        raise RecipeError(
-            error.code, error.what, place, f"{error.where}: {error.why}", error.right, error.hints
-        ) from None
+        raise _placed(error, read) from None
     return Opened(_resolved(recipe, source, task, targets), source, loaded, data, targets)
+
+
+def _placed(error: RecipeError, read: ReadRecipe) -> RecipeError:
+    """The fault at the line of the recipe that said its key, and those told with it."""
+    return RecipeError(
+        error.code,
+        error.what,
+        read.place(*error.where.split(".")),
+        error.why,
+        error.right,
+        error.hints,
+        [_placed(other, read) for other in error.others],
+    )
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
@@ -135,7 +145,7 @@ def objective_of(opened: Opened) -> Objective:
     )
 
 
-def run_identity(opened: Opened) -> RunIdentity:
+def run_identity(opened: Opened, num_processes: int = 1) -> RunIdentity:
     """All that the bytes of the run depend on."""
     return RunIdentity(
         recipe=public_recipe(opened.recipe),
@@ -145,6 +155,7 @@ def run_identity(opened: Opened) -> RunIdentity:
         versions=installed_versions(),
         device=opened.recipe.training.device,
         threads=torch.get_num_threads(),
+        num_processes=num_processes,
     )
 
 

@@ -154,8 +154,10 @@ def model_record(opened: Opened) -> ModelRecord:
     )
 
 
-def environment_record(device: torch.device, precision: str) -> EnvironmentRecord:
-    """Versions and device; no host name, no path."""
+def environment_record(
+    device: torch.device, precision: str, num_processes: int = 1, parallel: str = "none"
+) -> EnvironmentRecord:
+    """Versions, device and processes; no host name, no path."""
     on_cuda = device.type == "cuda"
     return EnvironmentRecord(
         versions=installed_versions(),
@@ -165,6 +167,8 @@ def environment_record(device: torch.device, precision: str) -> EnvironmentRecor
         precision="fp32" if precision == "no" else precision,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
+        num_processes=num_processes,
+        parallel=parallel,
     )
 
 

@@ -1,23 +1,26 @@
 """One run of `ham sparsify`: train while zeros come, write, reopen, recount, measure, report."""
 
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hamcli import __version__, native, outcome
+from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import HamError, Interrupted, Preempted, RecipeError
+from hamcli.errors import HamError, Interrupted, Preempted, RecipeError, ResourceError
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
-from hamcli.objective import Objective, make_teacher
+from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
-from hamcli.optim import HAM
+from hamcli.optim import HAM, forms
+from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
 from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
 from hamcli.runstate import Checkpoint, RunState
@@ -31,14 +34,18 @@ from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.methods import Sparsifier
 from hamcli.sparsity.score import Score
 from hamcli.training import (
+    Engine,
     Hooks,
     find_gradients,
+    has_idle_parameters,
     in_cycles,
     make_accelerator,
+    make_engine,
     train,
     warm_up_and_decay,
 )
 
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
 RUN_PARTS = (
@@ -52,31 +59,37 @@ RUN_PARTS = (
 
 
 class Sparsification:
-    """One run of `sparsify`, from opened model to written folder."""
+    """One run of `sparsify`, from opened model to written folder, in each of its processes.
+
+    Process 0 alone holds the run folder, and measures and writes; `run` is None in the others.
+    """
 
     def __init__(
         self,
         opened: Opened,
-        run: RunState,
+        run: RunState | None,
         stop: Stop,
         progress: Progress,
         warnings: list[str],
         command: str,
+        world: World,
     ) -> None:
         self.opened, self.run, self.stop, self.progress = opened, run, stop, progress
+        self.world = world
         self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
         self.warnings, self.command = warnings, command
         self.model = opened.loaded.model
         training = self.recipe.training
-        self.accelerator = make_accelerator(training.device, training.precision)
+        refuse_uneven_batch(training.batch_size, world.size)
+        self.accelerator = make_accelerator(training.device, training.precision, world.size)
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
 
-    def work(self) -> Report:
-        """Train, prune, write, reopen, measure, report."""
+    def work(self) -> Report | None:
+        """Train, prune, write, reopen, measure, report; None but in process 0."""
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
@@ -84,6 +97,7 @@ class Sparsification:
         dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
         teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
         self.progress.stage("measuring the dense model")
+        self._warn_of_parts()
         dense = self._measure(self.model, teacher) if teacher is not None else None
         self._look_at_inputs()
         one_shot = self._one_shot(teacher)
@@ -92,7 +106,9 @@ class Sparsification:
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
-        stage = self.run.stage()
+        if self.run is None:
+            return None
+        run, stage = self.run, self.run.stage()
 
         def written(folder: Path, target: float) -> Report:
             alone = one_shot if target == self.recipe.sparsity.target else None
@@ -105,21 +121,21 @@ class Sparsification:
         if levels is None or not isinstance(course, Levels):
             course.finish()
             report = written(stage, self.recipe.sparsity.target)
-            return finish_folder(report, stage, self.run, self.progress)
+            return finish_folder(report, stage, run, self.progress)
         reports = {}
         for level, target in enumerate(levels):
             course.finish_level(level)
             name = f"{target * 100:g}"
             reports[name] = written(stage / name, target)
-        return finish_levels(reports, stage, self.run, self.progress)
+        return finish_levels(reports, stage, run, self.progress)
 
     def _prepare_step(self) -> None:
-        """Build the native step before the clock of the first step runs, and say so."""
+        """Build or compile the step before the clock of the first step runs, and say so."""
         if self.device.type != "cpu" or self.recipe.optimizer.ham.backend not in ("auto", "cpu"):
             return
-        status = native.prepare(self.progress.stage)
-        if not status.is_available:
-            self.progress.warn(f"{status.reason}; the slower step in plain torch is used")
+        without_extension = forms.prepare(self.progress.stage)
+        if without_extension is not None:
+            self.progress.warn(without_extension)
 
     def _batches(self) -> Any:
         section = self.recipe.evaluation
@@ -127,7 +143,10 @@ class Sparsification:
             self.data, batch_size=section.batch_size, examples=section.examples
         )
 
-    def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality:
+    def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality | None:
+        """Quality on the held-out examples, in process 0; the others go on and wait later."""
+        if not self.world.is_main:
+            return None
         return measure(
             model,
             self._batches(),
@@ -136,6 +155,16 @@ class Sparsification:
             teacher=teacher,
             device=self.device,
         )
+
+    def _warn_of_parts(self) -> None:
+        """Say where several processes do not compute what one would."""
+        if self.world.size > 1 and has_batch_norm(self.model):
+            text = (
+                "batch norm sees each process's own part of the batch: the result is not that of "
+                "one process"
+            )
+            self.warnings.append(text)
+            self.progress.warn(text)
 
     def _look_at_inputs(self) -> None:
         """Of the dense model, what owl and the score wanda stand on; the same when resumed."""
@@ -237,7 +266,9 @@ class Sparsification:
             batch_at=lambda micro: batch(
                 self.data, micro, batch_size=training.batch_size, seed=training.seed
             ),
-            loss_of=lambda model, values: objective(model, values, teacher),
+            loss_of=lambda model, values, whole: objective(
+                model, values, teacher, self._part(whole)
+            ),
             lr_at=in_cycles(
                 lambda steps: warm_up_and_decay(
                     section.schedule, peak=section.lr, steps=steps, warmup=section.warmup
@@ -252,9 +283,18 @@ class Sparsification:
             after_backward=course.after_backward,
             sharpness=section.sam,
             zeros=self.targets.params,
+            part_of=lambda whole: part_of(whole, self.world.rank, self.world.size),
+            mean=self.world.mean,
+            rank=self.world.rank,
+        )
+        engine = make_engine(
+            self.accelerator,
+            self.model,
+            optimizer,
+            has_idle=self.world.size > 1 and has_idle_parameters(self.model, hooks),
         )
         if done == 0:
-            self._begin(hooks, optimizer, course)
+            self._begin(engine, hooks, optimizer, course)
         if every == 1 or (done + 1) % every == 0:
             optimizer.measure_next_step()
         began = time.monotonic()
@@ -263,10 +303,8 @@ class Sparsification:
         )
         try:
             for record in train(
-                self.model,
-                optimizer,
+                engine,
                 hooks,
-                accelerator=self.accelerator,
                 first_step=done + 1,
                 last_step=training.steps,
                 accumulation=training.accumulation,
@@ -277,25 +315,29 @@ class Sparsification:
                 self.progress.step(record)
                 seconds = self.seconds_before + time.monotonic() - began
                 due = record.step % training.checkpoint_every == 0
-                if self.stop.requested or (due and record.step < training.steps):
+                stop = self._stop_agreed()
+                if stop is not None or (due and record.step < training.steps):
                     self._save(record.step, optimizer, course, seconds)
-                if self.stop.requested:
-                    raise self._stopped(record.step)
+                if stop is not None:
+                    raise self._stopped(record.step, stop)
         finally:
             self.progress.end_steps()
         return self.seconds_before + time.monotonic() - began
 
-    def _begin(self, hooks: Hooks, optimizer: HAM, course: Course) -> None:
+    def _part(self, whole: dict[str, Tensor]) -> Part | None:
+        return Part(whole, self.world.size, self.world.sum_) if self.world.size > 1 else None
+
+    def _stop_agreed(self) -> str | None:
+        """The signal that stops all processes: the first one's that any of them got."""
+        here = 0 if self.stop.requested is None else int(signal.Signals[self.stop.requested])
+        found = int(self.world.greatest(here))
+        return None if found == 0 else signal.Signals(found).name
+
+    def _begin(self, engine: Engine, hooks: Hooks, optimizer: HAM, course: Course) -> None:
         """Masks that hold before the first step; a first-order score needs gradients for them."""
         training = self.recipe.training
         if self.recipe.sparsity.score == "first-order":
-            find_gradients(
-                self.model,
-                hooks,
-                accelerator=self.accelerator,
-                accumulation=training.accumulation,
-                seed=training.seed,
-            )
+            find_gradients(engine, hooks, accumulation=training.accumulation, seed=training.seed)
             if not any(bool(one.grad.any()) for one in course.params if one.grad is not None):
                 raise RecipeError(
                     "E228",
@@ -322,11 +364,40 @@ class Sparsification:
         return pairs
 
     def _preflight(self) -> None:
+        if self.run is None:
+            return
         weights = sum(param.numel() for param in self.model.parameters()) * 4
         more = COPIES.get(self.recipe.sparsity.method, 0) * self.targets.total * 4
         self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=weights)
 
     def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
+        """Save the run, in process 0; the others wait, so that none runs ahead of it."""
+        self._refuse_drift(step)
+        if self.run is not None:
+            self._write_state(self.run, step, optimizer, course, seconds)
+        self.world.barrier()
+
+    def _refuse_drift(self, step: int) -> None:
+        """See that the processes hold the same weights, to the bit.
+
+        Raises:
+            ResourceError: E546, they do not.
+        """
+        if self.world.size == 1:
+            return
+        sums = self.world.gather([fingerprint(self.targets.params)])
+        if len(np.unique(sums)) > 1:
+            raise ResourceError(
+                "E546",
+                "the processes hold different weights",
+                f"step {step}",
+                f"the sums of their bits are {sums.flatten().tolist()[:4]}",
+                "the same hardware and software in every process",
+            )
+
+    def _write_state(
+        self, run: RunState, step: int, optimizer: HAM, course: Course, seconds: float
+    ) -> None:
         state = optimizer.state_dict()
         tensors = {
             f"{index}.{key}": value
@@ -334,7 +405,7 @@ class Sparsification:
             for key, value in entries.items()
             if isinstance(value, Tensor)
         }
-        self.run.save(
+        run.save(
             step,
             {
                 "model": _own_tensors(self.model),
@@ -349,41 +420,52 @@ class Sparsification:
         )
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
-        if not self.run.resume:
-            return 0
-        found, notes = self.run.newest_valid(RUN_PARTS)
-        assert found is not None
-        for note in notes:
-            self.warnings.append(note)
-            self.progress.warn(note)
-        self._restore(found, optimizer, course)
-        self.progress.note(f"going on from step {found.step}")
-        return found.step
+        found = None
+        if self.run is not None and self.run.resume:
+            found, notes = self.run.newest_valid(RUN_PARTS)
+            assert found is not None
+            for note in notes:
+                self.warnings.append(note)
+                self.progress.warn(note)
+        step = int(self.world.tell(0 if found is None else found.step))
+        if step > 0:
+            self._restore(found, optimizer, course)
+            self.progress.note(f"going on from step {step}")
+        return step
 
-    def _restore(self, found: Checkpoint, optimizer: HAM, course: Course) -> None:
+    def _restore(self, found: Checkpoint | None, optimizer: HAM, course: Course) -> None:
+        """Go on from a checkpoint, which process 0 reads for all."""
+
+        def shared(stem: str, names: set[str] | None = None) -> dict[str, Tensor]:
+            here = None if found is None else found.tensors(stem, names)
+            return self.world.share(here)
+
+        values = self.world.tell(None if found is None else found.values)
         own = _own_tensors(self.model)
-        saved = found.tensors("model", set(own))
+        saved = shared("model", set(own))
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in found.tensors("optimizer").items():
+        for name, tensor in shared("optimizer").items():
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
-        course.load_state(found.tensors("sparsifier"))
-        self.records = [StepRecord(**record) for record in found.values["records"]]
-        self.seconds_before = float(found.values["seconds"])
+        optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+        course.load_state(shared("sparsifier"))
+        self.records = [StepRecord(**record) for record in values["records"]]
+        self.seconds_before = float(values["seconds"])
 
-    def _stopped(self, step: int) -> HamError:
-        kind = Interrupted if self.stop.requested == "SIGINT" else Preempted
+    def _stopped(self, step: int, name: str) -> HamError:
+        kind = Interrupted if name == "SIGINT" else Preempted
         code = "E902" if kind is Interrupted else "E901"
         again = self.command or "the same command"
+        if self.world.size > 1:
+            again = "the same launch with"
         if "--resume" not in again:
             again += " --resume"
         return kind(
             code,
-            "interrupted" if kind is Interrupted else f"stopped by {self.stop.requested}",
+            "interrupted" if kind is Interrupted else f"stopped by {name}",
             "",
             f"saved step {step}; to go on: {again}",
         )
@@ -436,13 +518,19 @@ class Sparsification:
             raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
         self.progress.stage("measuring the written model")
         sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
+        assert sparse is not None, "process 0 measures"
         quality = outcome.quality_record(dense, sparse, one_shot, self.data)
         self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
         return Report(
             ham_version=__version__,
             model=outcome.model_record(self.opened),
             recipe=public_recipe(self.recipe),
-            environment=outcome.environment_record(self.device, self.accelerator.mixed_precision),
+            environment=outcome.environment_record(
+                self.device,
+                self.accelerator.mixed_precision,
+                self.accelerator.num_processes,
+                self.world.kind,
+            ),
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
@@ -517,6 +605,39 @@ def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         held = measured if record.exponent_mean is not None else held
         rows.append({**row, **held})
     return rows
+
+
+def refuse_uneven_batch(batch_size: int, num_processes: int) -> None:
+    """Raise RecipeError E244 unless each process gets as many examples of a batch."""
+    if batch_size % num_processes:
+        raise RecipeError(
+            "E244",
+            "the batch cannot be shared out evenly",
+            "training.batch_size",
+            f"{batch_size} examples to {num_processes} processes",
+            f"a multiple of {num_processes}, as {-(-batch_size // num_processes) * num_processes}",
+        )
+
+
+def part_of(whole: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """The rows of a batch that one of several processes computes."""
+    rows = len(next(iter(whole.values()))) // size
+    return {name: tensor[rank * rows : (rank + 1) * rows] for name, tensor in whole.items()}
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer's output depends on the other examples of the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+@torch.no_grad()
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """Sum of the bits of all tensors, as integers that wrap around."""
+    total = 0
+    for place, tensor in enumerate(tensors):
+        bits = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
+        total += (place + 1) * int(bits.sum(dtype=torch.int64))
+    return total % 2**62
 
 
 def _mean(values: Sequence[float]) -> float | None:

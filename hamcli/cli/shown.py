@@ -77,12 +77,37 @@ def show_costs(screen: Screen, found: Any) -> None:
         table(["form", *columns], map(_cost_row, step.variants)),
         f"training: {_training_words(found)}",
         f"exponents: {_exponent_words(step.exponents)}",
-        f"extension: {step.native}",
+        f"extension: {step.native}; {step.numba}",
         f"\nchoice of 90 % of {chosen.num_weights:,} weights, "
         f"which leaves {chosen.mask_bytes / 2**20:.1f} MiB of masks",
         table(["part", *columns], map(_cost_row, chosen.variants)),
         f"\n{found.conclusion}",
     )
+
+
+def show_runtimes(screen: Screen, found: Any) -> None:
+    """What runtimes gain, a table for each number of threads, and where none does."""
+    share = found.zeros / max(1, found.total)
+    shown: list[Any] = [
+        f"{found.model}: {found.task}, {share:.1%} of the weights in matrices are zero"
+    ]
+    for threads in dict.fromkeys(one.threads for one in found.cells):
+        cells = [one for one in found.cells if one.threads == threads]
+        clock = "CPU time" if cells[0].clock == "cpu" else "wall time"
+        replaced = found.replaced[str(threads)]
+        shown.append(
+            f"\n{threads} thread(s), {clock}, medians of {found.rounds} rounds in turn; "
+            f"auto made {replaced} modules sparse"
+        )
+        columns = [found.unit, "runtime", "ms", "x dense", "10 % .. 90 %", "error"]
+        shown.append(table(columns, map(_runtime_row, cells)))
+    screen.result(found.as_json(), *shown, "", *found.conclusions)
+
+
+def _runtime_row(one: Any) -> tuple[str, ...]:
+    low, high = one.ratio_spread
+    ratios = f"{one.ratio:.2f}", f"{low:.2f} .. {high:.2f}"
+    return (one.shape, one.runtime, f"{one.seconds * 1e3:.2f}", *ratios, f"{one.error:.1e}")
 
 
 def _cost_row(one: Any) -> tuple[str, ...]:
@@ -178,6 +203,19 @@ def show_export(screen: Screen, found: Any) -> None:
         asdict(found),
         f"{size(found.dense_bytes)} dense, {size(found.packed_bytes)} packed: "
         f"{found.ratio:.2f} x smaller",
+        f"written to {found.out}",
+    )
+
+
+def show_onnx(screen: Screen, found: Any) -> None:
+    """What the graph takes and gives, how exact it is, and its zeros."""
+    share = found.zeros / max(1, found.total)
+    screen.result(
+        asdict(found),
+        f"{', '.join(found.inputs)} -> {', '.join(found.outputs)}, opset {found.opset}, fp32",
+        f"greatest relative error against torch, in onnxruntime: {found.max_relative_error:.2g}",
+        f"zeros in the file: {found.zeros:,} of {found.total:,} in matrices ({share:.4%}), "
+        "those of the folder; ONNX engines compute with them as with any other number",
         f"written to {found.out}",
     )
 

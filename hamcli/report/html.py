@@ -16,6 +16,7 @@ from hamcli.report import charts, heatmap, wording
 from hamcli.report.page import render_page
 from hamcli.report.records import (
     Curves,
+    EnvironmentRecord,
     QualityRecord,
     Report,
     SizeRecord,
@@ -287,6 +288,11 @@ def _zero_bars(report: Report) -> list[Bar]:
     ]
 
 
+def _processes(environment: EnvironmentRecord) -> str:
+    kind = f", {environment.parallel}" if environment.num_processes > 1 else ""
+    return f"{environment.num_processes}{kind}"
+
+
 def _environment_facts(report: Report) -> list[tuple[str, str]]:
     environment = report.environment
     device = environment.device
@@ -295,6 +301,7 @@ def _environment_facts(report: Report) -> list[tuple[str, str]]:
     known = [
         ("device", device),
         ("threads", str(environment.threads)),
+        ("processes", _processes(environment)),
         ("precision", environment.precision),
         ("platform", environment.platform),
         ("python", environment.python),

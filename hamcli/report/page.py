@@ -1,5 +1,6 @@
 """Pages that stand alone: the shell of the report, which other rooms' templates extend."""
 
+from functools import cache
 from typing import Any
 
 import jinja2
@@ -17,6 +18,12 @@ def render_page(template: str, view: dict[str, Any], *, room: str = "hamcli.repo
         view: What the template names; every string in it is escaped.
         room: The package that holds the template, which may extend those of the report.
     """
+    return _template(template, room).render(view)
+
+
+@cache
+def _template(name: str, room: str) -> jinja2.Template:
+    """Compiled once: that takes longer than to render it, and a comparison writes many pages."""
     packages = dict.fromkeys((room, "hamcli.report"))
     environment = jinja2.Environment(
         loader=jinja2.ChoiceLoader([jinja2.PackageLoader(package, "") for package in packages]),
@@ -27,4 +34,4 @@ def render_page(template: str, view: dict[str, Any], *, room: str = "hamcli.repo
         keep_trailing_newline=True,
     )
     environment.filters |= {word: getattr(wording, word) for word in FILTERS}
-    return environment.get_template(template).render(view)
+    return environment.get_template(name)

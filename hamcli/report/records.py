@@ -64,7 +64,12 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentRecord:
-    """The machine and the versions that the bytes depend on; no host name, no path, no time."""
+    """The machine and the versions that the bytes depend on; no host name, no path, no time.
+
+    Args:
+        num_processes: That trained together, as counted when they had met.
+        parallel: none, ddp or fsdp.
+    """
 
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: str = "cpu"
@@ -73,6 +78,8 @@ class EnvironmentRecord:
     precision: str | None = None
     python: str | None = None
     platform: str | None = None
+    num_processes: int = 1
+    parallel: str = "none"
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,17 +100,31 @@ def write_file(path: Path, chunks: Iterable[bytes | memoryview]) -> tuple[int, s
     total = 0
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
-        for chunk in chunks:
-            view = memoryview(chunk).cast("B")
-            total += len(view)
-            for start in range(0, len(view), _CHUNK):
-                piece = view[start : start + _CHUNK]
-                digest.update(piece)
-                _write_all(handle, piece)
+        for piece in _pieces(chunks):
+            total += len(piece)
+            digest.update(piece)
+            _write_all(handle, piece)
         os.fsync(handle)
     finally:
         os.close(handle)
     return total, digest.hexdigest()
+
+
+def _pieces(chunks: Iterable[bytes | memoryview]) -> Iterator[memoryview]:
+    """The same bytes in pieces of at most `_CHUNK`; what is small is gathered into one."""
+    gathered = bytearray()
+    for chunk in chunks:
+        view = memoryview(chunk).cast("B")
+        if len(gathered) + len(view) <= _CHUNK:
+            gathered += view
+            continue
+        if gathered:
+            yield memoryview(gathered)
+            gathered = bytearray()
+        for start in range(0, len(view), _CHUNK):
+            yield view[start : start + _CHUNK]
+    if gathered:
+        yield memoryview(gathered)
 
 
 def _write_all(handle: int, piece: memoryview) -> None:
