@@ -10,11 +10,12 @@ from torch import Tensor
 
 from hamcli.errors import RecipeError
 from hamcli.sparsity import blocks
+from hamcli.sparsity.across import Across, total, totals
 from hamcli.sparsity.allocate import allocate
 from hamcli.sparsity.globs import covering_globs
 from hamcli.sparsity.score import Score, Scores, magnitude
 from hamcli.sparsity.select import exact, exact_masks, global_masks, n_m_mask, num_zeros
-from hamcli.sparsity.targets import Targets
+from hamcli.sparsity.targets import Target, Targets
 
 PATTERN_TOLERANCE = Fraction(5, 10_000)  # 0.667 is 1:3 to those who write three digits
 NAMES_SHOWN = 3
@@ -91,6 +92,8 @@ def make_rules(
         _refuse_uneven(
             targets, pattern, [one.name for one in targets if not blocks.fits(one, block)]
         )
+        _refuse_cut(targets, pattern, [one for one in targets if not one.is_stacked], block[0])
+        _refuse_cut(targets, pattern, [one for one in targets if not blocks.is_in_rows(one)], 0)
     _refuse_bounds(target, min_sparsity, max_sparsity)
     known = None if outliers is None else tuple(outliers)
     return Rules(
@@ -150,14 +153,15 @@ def choose_masks(
     """
     if rules.block is not None:
         return _block_masks(targets, rules, rules.block, num_zeros, masks, score)
-    scores = Scores(targets.params, score, masks)
-    already = _counts_dropped(masks) if masks is not None else [0] * len(targets)
+    across = targets.across
+    scores = Scores(targets.params, score, masks, across=across)
+    already = _counts_dropped(masks, across) if masks is not None else [0] * len(targets)
     if rules.kept_of is not None:
         return _n_m_masks(targets, rules.kept_of, max(num_zeros, sum(already)), scores)
     if masks is not None and num_zeros <= sum(already):
         return list(masks)
     share = Fraction(num_zeros, max(rules.num_zeros, num_zeros, 1))
-    shapes = [target.param.shape for target in targets]
+    shapes = [target.shape for target in targets]
     return _chosen(targets, rules, shapes, num_zeros, scores, already, share)
 
 
@@ -208,11 +212,13 @@ def _block_masks(
             blocks.block_any(mask, target, block)
             for mask, target in zip(masks, targets, strict=True)
         ]
-    already = _counts_dropped(keeps) if keeps is not None else [0] * len(sums)
+    across = targets.across
+    already = _counts_dropped(keeps, across) if keeps is not None else [0] * len(sums)
     due = max(round(Fraction(num_zeros, size)), sum(already))
-    scores = Scores(sums, lambda one: one, keeps)
+    scores = Scores(sums, lambda one: one, keeps, across=across)
     share = Fraction(due, max(rules.num_zeros // size, due, 1))
-    chosen = _chosen(targets, rules, [one.shape for one in sums], due, scores, already, share)
+    shapes = [blocks.shape_of(target, block) for target in targets]
+    chosen = _chosen(targets, rules, shapes, due, scores, already, share)
     return blocks.spread_all(chosen, targets.items, block)
 
 
@@ -270,9 +276,9 @@ def nonzero_masks(targets: Targets) -> list[Tensor]:
     return [target.param != 0 for target in targets]
 
 
-def num_dropped(masks: Sequence[Tensor]) -> int:
-    """Zeros of all masks together."""
-    return sum(_counts_dropped(masks))
+def num_dropped(masks: Sequence[Tensor], across: Across | None = None) -> int:
+    """Zeros of all masks together, in all processes that hold rows of them."""
+    return sum(_counts_dropped(masks, across))
 
 
 def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int:
@@ -287,19 +293,19 @@ def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int
             int((~blocks.block_any(mask, target, rules.block)).sum())
             for mask, target in zip(masks, targets, strict=True)
         )
-        return max(rules.num_zeros, num_blocks * size)
+        return max(rules.num_zeros, total(num_blocks, targets.across) * size)
     if rules.kept_of is None:
-        return max(rules.num_zeros, num_dropped(masks))
+        return max(rules.num_zeros, num_dropped(masks, targets.across))
     n, m = rules.kept_of
     zeros = 0
     for target, mask in zip(targets, masks, strict=True):
         dropped = (~mask).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
         zeros += int(dropped.clamp(min=m - n).sum())
-    return zeros
+    return total(zeros, targets.across)
 
 
-def _counts_dropped(masks: Sequence[Tensor]) -> list[int]:
-    return [mask.numel() - int(mask.count_nonzero()) for mask in masks]
+def _counts_dropped(masks: Sequence[Tensor], across: Across | None = None) -> list[int]:
+    return totals([mask.numel() - int(mask.count_nonzero()) for mask in masks], across)
 
 
 def _n_m_masks(
@@ -312,9 +318,10 @@ def _n_m_masks(
     if scores.masks is not None:
         # a group that came with more zeros than the pattern asks for keeps them
         ends = [end & before for end, before in zip(ends, scores.masks, strict=True)]
-    if num_zeros >= num_dropped(ends):
+    if num_zeros >= num_dropped(ends, scores.across):
         return ends
-    return global_masks(Scores(scores.params, scores.score, scores.masks, ends), num_zeros)
+    limited = Scores(scores.params, scores.score, scores.masks, ends, scores.across)
+    return global_masks(limited, num_zeros)
 
 
 def _refuse_misfit(
@@ -337,8 +344,9 @@ def _refuse_misfit(
             f"{pattern} gives every tensor the same sparsity, {allocation} does not",
             "global or uniform",
         )
-    uneven = [item.name for item in targets if item.param.shape[item.input_dim] % m]
+    uneven = [item.name for item in targets if item.shape[item.input_dim] % m]
     _refuse_uneven(targets, pattern, uneven)
+    _refuse_cut(targets, pattern, [one for one in targets if one.input_dim == 0], m)
 
 
 def _refuse_uneven(targets: Targets, pattern: str, uneven: Sequence[str]) -> None:
@@ -361,6 +369,26 @@ def _refuse_uneven(targets: Targets, pattern: str, uneven: Sequence[str]) -> Non
             "exclude them",
             [f"--set 'targets.exclude=[{', '.join([*targets.exclude, *globs])}]'"],
         )
+
+
+def _refuse_cut(targets: Targets, pattern: str, among: Sequence[Target], rows: int) -> None:
+    """Refuse groups of rows that would lie in two processes; 0 rows: any tensor that is cut."""
+    cut = [
+        one
+        for one in among
+        if one.part is not None and (rows == 0 or one.part.begin % rows or len(one.param) % rows)
+    ]
+    here = len(cut)
+    if total(here, targets.across) == 0:
+        return
+    shown = cut[0].name if cut else "in another process"
+    raise RecipeError(
+        "E246",
+        "the pattern is cut by the processes",
+        "sparsity.pattern",
+        f"{pattern}: {shown}: rows that belong together would lie in two of them",
+        "another number of processes, training.parallel ddp, or exclude it",
+    )
 
 
 def _refuse_bounds(target: float, min_sparsity: float, max_sparsity: float) -> None:
