@@ -10,16 +10,17 @@ counts and norms are exchanged.
 import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard
 
 from hamcli.parallel.world import World
 from hamcli.sparsity.targets import Part, Target, Targets
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.distributed.tensor import DTensor
 
 
 def shard_(model: nn.Module, world: World, device: torch.device) -> None:
@@ -31,6 +32,10 @@ def shard_(model: nn.Module, world: World, device: torch.device) -> None:
         world: The processes.
         device: Where its parts lie.
     """
+    # a second of imports that runs in one process do without
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (world.size,))
     for block in blocks_of(model):
         fully_shard(block, mesh=mesh)
@@ -87,7 +92,11 @@ def fill_(teacher: nn.Module, model: nn.Module) -> None:
 def local(tensor: Tensor) -> Tensor:
     """The rows that lie here, in the same memory, outside of autograd; a plain tensor itself."""
     held = tensor.detach()
-    return held.to_local() if isinstance(held, DTensor) else held
+    return held.to_local() if _is_cut(held) else held  # type: ignore[attr-defined]  # a DTensor
+
+
+def _is_cut(tensor: Tensor) -> bool:
+    return hasattr(tensor, "to_local")
 
 
 class Shards:
@@ -100,6 +109,8 @@ class Shards:
 
     def __init__(self, model: nn.Module, world: World) -> None:
         self._world = world
+        from torch.distributed.tensor import DTensor, Shard
+
         self._params = [one for one in model.parameters() if isinstance(one, DTensor)]
         rows = world.gather([len(local(one)) for one in self._params])
         begins = rows[: world.rank].sum(axis=0).tolist()
@@ -108,7 +119,7 @@ class Shards:
             assert list(one.placements) == [Shard(0)], one.placements
 
     @property
-    def mesh(self) -> DeviceMesh:
+    def mesh(self) -> "DeviceMesh":
         """Of the processes."""
         return self._params[0].device_mesh
 
@@ -119,7 +130,7 @@ class Shards:
 
     def _part(self, target: Target) -> Target:
         source = target.param
-        assert isinstance(source, DTensor), target.name
+        assert _is_cut(source), target.name
         part = Part(tuple(source.shape), self._begins[id(source)], source)
         return replace(target, param=local(source), part=part)
 
@@ -141,13 +152,14 @@ class Shards:
             whole: Of the shape of `like`.
             like: A parameter of the model.
         """
-        assert isinstance(like, DTensor)
         begin = self._begins[id(like)]
         rows = whole[begin : begin + len(local(like))]
         return self.joined(rows.to(like.device, copy=True), like)
 
-    def joined(self, rows: Tensor, like: Tensor) -> DTensor:
+    def joined(self, rows: Tensor, like: Tensor) -> "DTensor":
         """Rows that lie here as a DTensor of the shape of a parameter."""
+        from torch.distributed.tensor import DTensor
+
         assert isinstance(like, DTensor)
         stride = torch.empty(like.shape, device="meta").stride()
         return DTensor.from_local(
@@ -158,7 +170,7 @@ class Shards:
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its rows; every process must ask, in the same order."""
     held = tensor.detach()
-    return held.full_tensor() if isinstance(held, DTensor) else held
+    return held.full_tensor() if _is_cut(held) else held  # type: ignore[attr-defined]  # a DTensor
 
 
 def gathered(world: World, locals_: Sequence[Tensor]) -> Iterator[Tensor]:
