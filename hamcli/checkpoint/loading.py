@@ -74,6 +74,12 @@ class LoadedModel:
     notes: tuple[str, ...]
     """What a user should hear: a dropped head, a dtype that is not the config's."""
 
+    @property
+    def class_name(self) -> str:
+        """Of the model; FSDP puts a class of its own in front."""
+        kinds = type(self.model).__mro__
+        return next(kind.__name__ for kind in kinds if not kind.__name__.startswith("FSDP"))
+
 
 def build_skeleton(source: Source) -> nn.Module:
     """The network that the config describes, with shapes and no memory behind them.
