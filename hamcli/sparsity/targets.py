@@ -64,11 +64,6 @@ class Target:
         """Number of weights of the whole tensor."""
         return math.prod(self.shape)
 
-    @property
-    def shape(self) -> Sequence[int]:
-        """Of the weights."""
-        return self.param.shape
-
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets(Sequence[Target]):
