@@ -306,14 +306,14 @@ CODE_LIKE = [
 ]  # fmt: skip
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # a name may be one of the hub's; asking for it is no attack
 SCRATCH = Path(tempfile.gettempdir())
-TEXT_KEYS = [
-    "model.id",
-    "model.config",
-    "data.source",
-    "data.evaluation",
-    "data.text",
-    "data.split",
-]
+TEXT_KEYS = {
+    "model.id": CODE_LIKE,
+    "model.config": CODE_LIKE,
+    "data.text": CODE_LIKE,
+    "data.split": CODE_LIKE[::3],
+    "data.source": CODE_LIKE[1::3],
+    "data.evaluation": CODE_LIKE[2::3],
+}
 
 
 @pytest.mark.slow
@@ -321,8 +321,8 @@ def test_G5_no_code(server: Any, tiny_folder: Any, tmp_path: Any, figure: Any) -
     """Whatever a text value looks like, it is a name of something that is not there."""
     base = ["plan", "--recipe", str(tiny_folder / "recipe.yaml")]
     tried = 0
-    for key in TEXT_KEYS:
-        for text in CODE_LIKE:
+    for key, texts in TEXT_KEYS.items():
+        for text in texts:
             model = [] if key == "model.id" else [str(tiny_folder / "untied")]
             word = f"{key}={json.dumps(text)}"
             done, seen = watching.run(server, [*base, *model, "--set", word], tmp_path, env=OFFLINE)

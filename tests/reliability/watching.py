@@ -69,11 +69,9 @@ def watch() -> None:
     told = os.open(os.environ.pop(VARIABLE), os.O_WRONLY | os.O_APPEND)
     here = os.getcwd()
     if os.environ.get("HF_HUB_OFFLINE") == "1":
-        # read on import, which the warm process did long ago
-        import datasets
         from huggingface_hub import constants
 
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = True  # the warm process read the variable long ago
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
