@@ -5,7 +5,7 @@ Tensors stream through in blocks; a result appears whole or not at all.
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,11 +110,7 @@ def _export_folder(
         stage = run.stage()
         with disk_errors("cannot write the checkpoint", stage):
             _convert(folder, stage, form, weights, progress.bytes_done)
-        names = {
-            file.relative_to(stage).as_posix(): file.stat().st_size
-            for file in sorted(stage.rglob("*"))
-            if file.is_file()
-        }
+        names = files_of(stage)
         for left in _left_out(folder, names):
             progress.note(f"not copied: {left}")
         for text in run.publish(stage):
@@ -123,17 +119,33 @@ def _export_folder(
     return names
 
 
-def _convert(
-    folder: Path, stage: Path, form: str, weights: dict[str, Header], advance: Advance
-) -> None:
+def files_of(folder: Path) -> dict[str, int]:
+    """Name and bytes of each file in a folder, at any depth."""
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def copy_beside(folder: Path, stage: Path, names: Sequence[str] = SIDE_FILES) -> None:
+    """Copy the config, as the dense folder has it, and those of the named files that are there."""
     config = find_file(folder, CONFIG)
     if config is not None:
-        marked = mark_config(config) if form == "packed" else unmark_config(config)
-        (stage / CONFIG).write_bytes(marked)
-    for name in (INDEX, *SIDE_FILES, *OUR_FILES):
+        (stage / CONFIG).write_bytes(unmark_config(config))
+    for name in names:
         if (path := find_file(folder, name)) is not None:
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).write_bytes(read_bytes(path))
+
+
+def _convert(
+    folder: Path, stage: Path, form: str, weights: dict[str, Header], advance: Advance
+) -> None:
+    copy_beside(folder, stage, (INDEX, *SIDE_FILES, *OUR_FILES))
+    config = find_file(folder, CONFIG)
+    if config is not None and form == "packed":
+        (stage / CONFIG).write_bytes(mark_config(config))
     for name, header in weights.items():
         write = pack_file if form == "packed" else restore_file
         write(header.path, stage / name, advance)

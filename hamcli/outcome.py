@@ -1,20 +1,13 @@
 """What a run found and wrote, turned into records: counts, sizes, quality, machine, gate."""
 
 import platform
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hamcli.checkpoint.packed.files import (
-    dense_bytes,
-    dense_stream,
-    packed_bytes,
-    read_any_header,
-)
-from hamcli.checkpoint.recount import count_zeros, weight_files
+from hamcli.checkpoint.recount import count_zeros
 from hamcli.data import Data
 from hamcli.evaluation import Quality, drop
 from hamcli.opening import Opened, data_digests
@@ -27,13 +20,11 @@ from hamcli.report.records import (
     Histogram,
     ModelRecord,
     QualityRecord,
-    SizeRecord,
     SparsityRecord,
     TensorRecord,
 )
 from hamcli.runstate import installed_versions
 
-GZIP_LEVEL = 6
 BINS = 80
 HISTOGRAM_LIMIT = 2_000_000  # weights; beyond it every n-th counts
 
@@ -83,25 +74,6 @@ def sparsity_record(
         allocation=allocation,
         pattern=pattern,
     )
-
-
-def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
-    """Bytes of the weight files: dense, packed, and dense as gzip makes them."""
-    written = weight_files(folder)
-    return SizeRecord(
-        dense_bytes=sum(dense_bytes(read_any_header(path)) for path in written),
-        packed_bytes=sum(map(packed_bytes, written)),
-        gzip_bytes=sum(gzip_bytes(path) for path in written),
-        input_bytes=sum(path.stat().st_size for path in inputs),
-        input_gzip_bytes=sum(gzip_bytes(path) for path in inputs),
-    )
-
-
-def gzip_bytes(path: Path) -> int:
-    """Size of the file after gzip, in its dense form, streamed and not kept."""
-    packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
-    total = sum(len(packer.compress(block)) for block in dense_stream(path))
-    return total + len(packer.flush())
 
 
 def file_records(folder: Path, files: Sequence[tuple[str, int, str]]) -> tuple[FileRecord, ...]:

@@ -4,9 +4,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from hamcli.completing import complete
 from hamcli.defaults import out_folder
 from hamcli.errors import UsageError
-from hamcli.opening import complete, open_run, run_identity
+from hamcli.opening import open_run, run_identity
 from hamcli.progress import Progress, Silent
 from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
 from hamcli.recipe.schema import WITHOUT_TRAINING

@@ -20,6 +20,7 @@ from hamcli.recipe import ReadRecipe
 from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report
 from hamcli.runstate import RunState
+from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import make_score
 from hamcli.sparsity.masks import (
     apply_masks_,
@@ -76,7 +77,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
-            size=outcome.size_record(written.stage, opened.source.weights),
+            size=size_record(written.stage, opened.source.weights),
             quality=quality,
             gate=outcome.gate_record(
                 recipe.gate.max_drop, recipe.gate.min_sparsity, quality.drop, sparsity.achieved

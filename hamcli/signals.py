@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from hamcli.errors import Interrupted, Preempted
+
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
@@ -86,3 +88,54 @@ def _end_at_once(restore_terminal: Callable[[], None] | None) -> None:
         handle = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
         os.write(handle, (_SHOW_CURSOR if os.isatty(handle) else b"") + _LAST_WORDS)
     os._exit(EXIT_INTERRUPTED)
+
+
+class Guard:
+    """Signals raise until `hold`; afterwards they are only noted.
+
+    Attributes:
+        held: Whether the work is beyond the point where stopping helps.
+    """
+
+    def __init__(self) -> None:
+        self.held = False
+
+    def hold(self) -> None:
+        """From now on the job comes to its end whatever signals come."""
+        self.held = True
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[Guard]:
+    """Let the first of INT, TERM, HUP, USR1 and USR2 raise wherever the block is.
+
+    For jobs that keep nothing when stopped: what is half done is cleaned up on the way out, and no
+    further signal but a second Ctrl-C disturbs that.
+
+    Raises:
+        Interrupted: E902, on Ctrl-C.
+        Preempted: E901, on any other.
+    """
+    guard, came = Guard(), [0]
+
+    def stop(number: int, _: FrameType | None) -> None:
+        came[0] += 1
+        if number == signal.SIGINT and came[0] > 1 and not guard.held:
+            _end_at_once(None)
+        if came[0] > 1 or guard.held:
+            return
+        name = signal.Signals(number).name
+        why = "nothing is kept; the same command starts again"
+        if name == "SIGINT":
+            raise Interrupted("E902", "interrupted", "", why)
+        raise Preempted("E901", f"stopped by {name}", "", why)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _wanted():
+            before[number] = signal.signal(number, stop)
+    try:
+        yield guard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

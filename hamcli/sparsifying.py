@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamcli import __version__, native, outcome
+from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
 from hamcli.errors import HamError, Interrupted, Preempted, RecipeError
@@ -17,12 +17,13 @@ from hamcli.evaluation import Quality, measure
 from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
 from hamcli.objective import Objective, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
-from hamcli.optim import HAM
+from hamcli.optim import HAM, forms
 from hamcli.progress import Progress, StepRecord
 from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
 from hamcli.runstate import Checkpoint, RunState
 from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
+from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
 from hamcli.sparsity.levels import Levels
@@ -113,12 +114,12 @@ class Sparsification:
         return finish_levels(reports, stage, self.run, self.progress)
 
     def _prepare_step(self) -> None:
-        """Build the native step before the clock of the first step runs, and say so."""
+        """Build or compile the step before the clock of the first step runs, and say so."""
         if self.device.type != "cpu" or self.recipe.optimizer.ham.backend not in ("auto", "cpu"):
             return
-        status = native.prepare(self.progress.stage)
-        if not status.is_available:
-            self.progress.warn(f"{status.reason}; the slower step in plain torch is used")
+        without_extension = forms.prepare(self.progress.stage)
+        if without_extension is not None:
+            self.progress.warn(without_extension)
 
     def _batches(self) -> Any:
         section = self.recipe.evaluation
@@ -445,7 +446,7 @@ class Sparsification:
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
-            size=outcome.size_record(written.stage, self.opened.source.weights),
+            size=size_record(written.stage, self.opened.source.weights),
             quality=quality,
             training=self._training_record(objective, optimizer, dense_weights, seconds),
             gate=outcome.gate_record(

@@ -9,6 +9,7 @@ import hamcli
 
 PACKAGE = Path(hamcli.__file__).parent
 LAZY = {"transformers", "datasets", "accelerate", "triton", "matplotlib", "scipy"}
+LAZY |= {"onnx", "onnxruntime", "openvino"}
 TORCHLESS = ("errors.py", "recipe", "progress.py", "cli/", "console.py", "gate.py", "defaults.py")
 
 

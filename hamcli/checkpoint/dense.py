@@ -7,7 +7,7 @@ modes of the user's umask; durability and the final rename are the run state's w
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamcli.checkpoint.config import clean_config, clean_tokenizer_config
+from hamcli.checkpoint.config import clean_config
 from hamcli.checkpoint.folder import (
     CONFIG,
     GENERATION,
@@ -24,20 +24,15 @@ from hamcli.checkpoint.folder import (
     PROCESSOR,
     SENTENCE,
     TOKENIZER,
-    find_file,
     is_shard_name,
-    read_bytes,
-    read_json,
     sha256,
 )
 from hamcli.checkpoint.headers import read_header
 from hamcli.checkpoint.loading import DTYPE_NAMES, quiet_transformers
 from hamcli.checkpoint.reading import TORCH_DTYPES
+from hamcli.checkpoint.sidefiles import copy_side_files, has_any, pretty
 from hamcli.checkpoint.source import Source
 from hamcli.errors import ResourceError
-
-_SENTENCE_MODULE = "sentence_transformers."
-_SENTENCE_FOLDERS = ("", "1_Pooling", "2_Normalize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +91,11 @@ def write_model(
     try:
         with quiet_transformers():
             _save(model, state, stage, max_shard_size)
-            if not _has(source, TOKENIZER) and tokenizer is not None:
+            if not has_any(source, TOKENIZER) and tokenizer is not None:
                 tokenizer.save_pretrained(stage)
-            if not _has(source, PROCESSOR) and image_processor is not None:
+            if not has_any(source, PROCESSOR) and image_processor is not None:
                 image_processor.save_pretrained(stage)
-        notes = _copy_side_files(source, stage) if source is not None else ()
+        notes = copy_side_files(source, stage) if source is not None else ()
         _clean_written(stage, target)
         _drop_unlisted(stage)
         _apply_umask(stage)
@@ -231,68 +226,17 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-# ---- files beside the weights ----
-
-
-def _has(source: Source | None, names: Sequence[str]) -> bool:
-    return source is not None and any(find_file(source.folder, name) for name in names)
-
-
-def _copy_side_files(source: Source, stage: Path) -> tuple[str, ...]:
-    names = [*TOKENIZER, *PROCESSOR, *LICENCES]
-    is_sentence, note = _sentence_files(source)
-    if is_sentence:
-        names += SENTENCE
-    if (stage / GENERATION).exists():
-        names.append(GENERATION)
-    for name in names:
-        if (path := find_file(source.folder, name)) is not None:
-            target = stage / name
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(_clean_bytes(path, name))
-    return (note,) if note else ()
-
-
-def _clean_bytes(path: Path, name: str) -> bytes:
-    """The file as it is, unless it names code or paths."""
-    raw = read_bytes(path)
-    if not name.endswith("_config.json"):
-        return raw
-    value = read_json(path, name, code="E432")
-    cleaned = clean_tokenizer_config(value)
-    return raw if cleaned == value else _pretty(cleaned)
-
-
-def _sentence_files(source: Source) -> tuple[bool, str]:
-    """Whether the folder is a sentence-transformers one whose other modules have no weights."""
-    path = find_file(source.folder, "modules.json")
-    if path is None:
-        return False, ""
-    try:
-        modules = json.loads(read_bytes(path, 2**20))
-        fits = all(
-            module["path"] in _SENTENCE_FOLDERS and module["type"].startswith(_SENTENCE_MODULE)
-            for module in modules
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        fits = False
-    if fits:
-        return True, ""
-    return False, "modules.json is left out: its other modules have weights or code of their own"
+# ---- what a library wrote ----
 
 
 def _clean_written(stage: Path, dtype: torch.dtype) -> None:
     path = stage / CONFIG
     config = clean_config(json.loads(path.read_text(encoding="utf-8")))
     config["dtype"] = _dtype_name(dtype)
-    path.write_bytes(_pretty(config))
+    path.write_bytes(pretty(config))
     index = stage / INDEX
     if index.exists():
-        index.write_bytes(_pretty(json.loads(index.read_text(encoding="utf-8"))))
-
-
-def _pretty(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        index.write_bytes(pretty(json.loads(index.read_text(encoding="utf-8"))))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hamcli.optim import cpu, fused, plain
+from hamcli.optim import cpu, forms, fused, plain
 from hamcli.optim.exponents import (
     CALIBRATION_STEPS,
     alpha_now,
@@ -101,7 +101,8 @@ class HAM(torch.optim.Optimizer):
         strength: Mean |exponent| of a step at `lr_peak`, about; None for the scaling's own.
         clamp: Greatest |exponent|; None for 5 when raw, else 0.1.
         backend: Which form of the step runs: "cpu", "gpu", the slow "rule", or what suits the
-            device of each parameter.
+            device of each parameter. On a CPU the C++ extension; without a compiler numba, if it
+            is installed; else plain torch, block by block.
 
     Raises:
         ValueError: An argument is out of range, or contradicts another, or a parameter is complex.
@@ -261,7 +262,7 @@ class HAM(torch.optim.Optimizer):
             return plain
         require(on_cpu or name != "cpu", f"backend cpu cannot step {weight.device.type} weights")
         if on_cpu and name != "gpu":
-            return fused if fused.is_usable() else cpu
+            return forms.on_cpu()
         from hamcli.optim import gpu  # numpy and more, that a CPU has no use for
 
         is_usable = gpu.is_usable(weight)

@@ -5,23 +5,23 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hamcli.sparsity.rules import Prunable
 from hamcli.sparsity.targets import Target
 
 Block = tuple[int, int]
 
 
-def axes(target: Target) -> tuple[int, int]:
+def axes(target: Prunable) -> tuple[int, int]:
     """The output axis and the input axis of a target."""
     first = 1 if target.is_stacked else 0
-    outputs = next(axis for axis in range(first, target.param.dim()) if axis != target.input_dim)
+    outputs = next(axis for axis in range(first, len(target.shape)) if axis != target.input_dim)
     return outputs, target.input_dim
 
 
-def fits(target: Target, block: Block) -> bool:
+def fits(target: Prunable, block: Block) -> bool:
     """Whether the target can be cut into whole blocks."""
     outputs, inputs = axes(target)
-    shape = target.param.shape
-    return shape[outputs] % block[0] == 0 and shape[inputs] % block[1] == 0
+    return target.shape[outputs] % block[0] == 0 and target.shape[inputs] % block[1] == 0
 
 
 def block_sums(score: Tensor, target: Target, block: Block) -> Tensor:

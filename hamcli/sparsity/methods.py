@@ -16,17 +16,17 @@ from torch import Tensor
 
 from hamcli.errors import RecipeError
 from hamcli.sparsity import blocks
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.exchange import annealed, exchange_all, exchanged
 from hamcli.sparsity.masks import (
-    Rules,
     apply_masks_,
     choose_masks,
-    make_rules,
     nonzero_masks,
     num_dropped,
     prune_masks,
     zeros_at_end,
 )
+from hamcli.sparsity.rules import Rules, make_rules, settled_allocation
 from hamcli.sparsity.schedule import (
     AtOnce,
     Exchanging,
@@ -36,7 +36,6 @@ from hamcli.sparsity.schedule import (
     make_ramp,
 )
 from hamcli.sparsity.score import Score, magnitude
-from hamcli.sparsity.select import num_zeros
 from hamcli.sparsity.targets import Targets
 
 __all__ = ["Method", "Sparsifier", "apply_masks_", "make_sparsifier", "prune_masks"]
@@ -274,19 +273,6 @@ def make_sparsifier(
     )
     made = METHODS[method](target, times)
     return Sparsifier(targets, rules, replace(made, score=score))
-
-
-def settled_allocation(method: str, allocation: str, pattern: str) -> str:
-    """What `auto` means: as published, erk for random and rigl, uniform for wanda and sparsegpt.
-
-    For all others global.
-    """
-    if allocation != "auto":
-        return allocation
-    if method in ("wanda", "sparsegpt"):
-        return "uniform"
-    is_grouped = ":" in pattern and not pattern.startswith("block")
-    return "erk" if method in ("random", "rigl") and not is_grouped else "global"
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,6 @@ Python integers or int64. NaN is above all numbers.
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -82,21 +81,6 @@ class Threshold:
     key: int
     ties: int
     dtype: torch.dtype
-
-
-def exact(fraction: float) -> Fraction:
-    """The number a person wrote: 0.9 is nine tenths, not the double nearest to them."""
-    return Fraction(repr(float(fraction)))
-
-
-def num_zeros(target: float, total: int) -> int:
-    """round(target * total), half to even, computed on the decimal that was written.
-
-    Args:
-        target: Sparsity, 0 to 1.
-        total: Number of weights.
-    """
-    return min(max(round(exact(target) * total), 0), total)
 
 
 def global_counts(scores: Sequence[Tensor], num_zeros: int) -> list[int]:

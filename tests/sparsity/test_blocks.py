@@ -6,9 +6,10 @@ import torch
 from hamcli.errors import RecipeError
 from hamcli.sparsity import blocks
 from hamcli.sparsity.allocate import allocate
-from hamcli.sparsity.masks import make_rules, num_dropped, prune_masks
+from hamcli.sparsity.counting import num_zeros
+from hamcli.sparsity.masks import num_dropped, prune_masks
+from hamcli.sparsity.rules import make_rules
 from hamcli.sparsity.score import first_order, layer_adaptive, make_random
-from hamcli.sparsity.select import num_zeros
 from hamcli.sparsity.targets import Target, Targets
 
 

@@ -101,6 +101,17 @@ def dense_bytes(header: Header) -> int:
     return 8 + len(_dense_text(header)) + sum(map(tensor_bytes, header.tensors))
 
 
+def dense_layout(header: Header) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """Length and header of the dense file that `header` is of, and the tensors in it."""
+    if is_packed_file(header):
+        text = _dense_text(header)
+    else:
+        with open_regular(header.path) as handle:
+            text = _text_of(handle, header)
+    head = len(text).to_bytes(8, "little") + text
+    return head, parse_header(header.path, text).tensors
+
+
 def tensor_bytes(info: TensorInfo) -> int:
     """Dense bytes of a tensor."""
     return info.total * DTYPE_BITS[info.dtype] // 8
