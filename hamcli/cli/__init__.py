@@ -3,7 +3,7 @@
 import sys
 
 from hamcli.cli.commands import app
-from hamcli.cli.exits import exit_code, settled
+from hamcli.cli.exits import exit_code, open_closed_streams, settled
 
 __all__ = ["app", "main"]
 
@@ -12,4 +12,5 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     if argv is not None:
         sys.argv = ["ham", *argv]
+    open_closed_streams()
     sys.exit(settled(exit_code(lambda: app(prog_name="ham", standalone_mode=False))))

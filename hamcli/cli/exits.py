@@ -71,8 +71,16 @@ def _told(error: HamError) -> int:
 
 def settled(code: int) -> int:
     """Flush what is left; a reader that has gone changes nothing."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the end of the process
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError):
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - closed by the end
     return code
+
+
+def open_closed_streams() -> None:
+    """A stream that was closed when the process began is one that nobody reads."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - closed by the end

@@ -369,3 +369,17 @@ def test_G5_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_shipped_recipe_is_accepted() -> None:
     for name in shipped_names():
         read_recipe([recipe_layer(name)])
+
+
+@pytest.mark.slow
+def test_G2_a_pattern_and_a_target_that_contradict_it_are_told(
+    server: Any, tiny_folder: Any, tmp_path: Any
+) -> None:
+    both = tmp_path / "both.yaml"
+    both.write_text("sparsity: {pattern: '2:4', target: 0.9}\n")
+    model = str(tiny_folder / "untied")
+    for more in (["--recipe", str(both)], ["--pattern", "2:4", "--target", "0.9"]):
+        assert_clean_error(server.run(["plan", model, *more]), 2, "E209.*fixes the sparsity at 0.5")
+    done = server.run(["plan", model, "--pattern", "2:4", "--json"])
+    found = json.loads(done.stdout)
+    assert found["zeros"] * 2 == found["prunable"]
