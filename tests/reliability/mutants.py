@@ -110,3 +110,57 @@ def start_over_silently() -> None:
         return resume(self, optimizer, course)
 
     sparsifying.Sparsification._resume = _resume  # type: ignore[method-assign]
+
+
+def _restoring(change: Any) -> None:
+    """Let `change` spoil what a checkpoint gives before a run goes on from it."""
+    original = checkpoints.Checkpoint.tensors
+
+    def tensors(self: checkpoints.Checkpoint, stem: str, names: Any = None) -> Any:
+        return change(stem, original(self, stem, names))
+
+    checkpoints.Checkpoint.tensors = tensors  # type: ignore[method-assign]
+
+
+def forget_moments() -> None:
+    """The optimizer begins anew: averages at zero, step 0, no state of HAM."""
+    _restoring(lambda stem, found: {} if stem == "optimizer" else found)
+
+
+def forget_one_moment() -> None:
+    """One average of one tensor is not restored."""
+
+    def change(stem: str, found: Any) -> Any:
+        if stem == "optimizer":
+            next(found[name] for name in sorted(found) if name.endswith("exp_avg")).zero_()
+        return found
+
+    _restoring(change)
+
+
+def forget_one_weight() -> None:
+    """One weight of the model is off by one unit in the last place."""
+
+    def change(stem: str, found: Any) -> Any:
+        if stem == "model":
+            name = next(name for name in sorted(found) if name.endswith("q_proj.weight"))
+            flat = found[name].view(-1).view(dtype=_int32())
+            flat[int(flat.nonzero()[0])] += 1
+        return found
+
+    _restoring(change)
+
+
+def _int32() -> Any:
+    import torch
+
+    return torch.int32
+
+
+def go_on_a_step_late() -> None:
+    """The data and the schedule go on one step too far on."""
+    from hamcli import sparsifying
+
+    sparsification: Any = sparsifying.Sparsification
+    original = sparsification._resume
+    sparsification._resume = lambda self, *given: original(self, *given) + 1

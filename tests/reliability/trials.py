@@ -28,10 +28,19 @@ class Job:
         place: A folder for trials; each gets one of its own below it.
         more: Words after those of the job.
         steps: Optimizer steps of it.
+        model: `untied` or `tied`.
     """
 
-    def __init__(self, server: Server, place: Path, *more: str, steps: int = tiny.STEPS) -> None:
-        self.server, self.place, self.more, self.steps = server, place, more, steps
+    def __init__(
+        self,
+        server: Server,
+        place: Path,
+        *more: str,
+        steps: int = tiny.STEPS,
+        model: str = "untied",
+    ) -> None:
+        self.server, self.place, self.more = server, place, more
+        self.steps, self.model = steps, model
         place.mkdir(parents=True, exist_ok=True)
         out = self.new_out("reference")
         done = self.run(out)
@@ -46,7 +55,7 @@ class Job:
 
     def words(self, out: Path, *more: str) -> list[str]:
         """Of the job."""
-        return tiny.sparsify(self.server.tiny, out, *self.more, *more)
+        return tiny.sparsify(self.server.tiny, out, *self.more, *more, model=self.model)
 
     def run(self, out: Path, *more: str, **options: Any) -> Outcome:
         """Run it to its end."""
