@@ -84,3 +84,45 @@ def other_threads() -> None:
 def other_processes() -> None:
     """Another number of devices."""
     _with_identity(num_processes=2)
+
+
+def eat_the_disk() -> None:
+    """Fill the disk that holds the file `EAT` when step `EAT_AT_STEP` is done."""
+    from hamcli import console
+
+    original = console.PlainWatcher.step
+
+    def step(self: Any, record: Any) -> None:
+        original(self, record)
+        if record.step == int(os.environ["EAT_AT_STEP"]):
+            with open(os.environ["EAT"], "wb", buffering=0) as stream:
+                try:
+                    while stream.write(b"x" * 4096) == 4096:
+                        pass
+                except OSError:
+                    pass
+
+    console.PlainWatcher.step = step  # type: ignore[method-assign]
+
+
+def never_load_a_model() -> None:
+    """A model that is opened ends the case with a code of its own."""
+    from hamcli import opening
+
+    module: Any = opening
+    module.load_model = lambda *_, **__: os._exit(55)
+
+
+def wait_for_go() -> None:
+    """Wait until the file `GO` is there: several cases begin at one moment."""
+    go = Path(os.environ["GO"])
+    while not go.exists():
+        pass
+
+
+def wait_for_go_without_locks() -> None:
+    """The same on a file system on which every lock succeeds."""
+    import filelock
+
+    filelock._unix.fcntl.flock = lambda *_: None  # type: ignore[attr-defined]
+    wait_for_go()
