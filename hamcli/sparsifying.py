@@ -47,6 +47,7 @@ RUN_PARTS = (
     "values.groups",
     "values.records",
     "values.seconds",
+    "values.tensors",
 )
 
 
@@ -348,23 +349,26 @@ class Sparsification:
 
     def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
         state = optimizer.state_dict()
-        tensors = {
+        moments = {
             f"{index}.{key}": value
             for index, entries in state["state"].items()
             for key, value in entries.items()
             if isinstance(value, Tensor)
         }
+        tensors = {
+            "model": _own_tensors(self.model),
+            "optimizer": moments,
+            "sparsifier": course.state(),
+        }
         self.run.save(
             step,
-            {
-                "model": _own_tensors(self.model),
-                "optimizer": tensors,
-                "sparsifier": course.state(),
-            },
+            tensors,
             {
                 "groups": state["param_groups"],
                 "records": [asdict(record) for record in self.records],
                 "seconds": seconds,
+                # a moment that is missing would not be missed: the optimizer would begin it anew
+                "tensors": {stem: sorted(named) for stem, named in tensors.items()},
             },
         )
         self.done = step
@@ -392,11 +396,12 @@ class Sparsification:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in found.tensors("optimizer").items():
+        names = found.values["tensors"]
+        for name, tensor in found.tensors("optimizer", names["optimizer"]).items():
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
-        course.load_state(found.tensors("sparsifier"))
+        course.load_state(found.tensors("sparsifier", names["sparsifier"]))
         self.records = [StepRecord(**record) for record in found.values["records"]]
         self.seconds_before = float(found.values["seconds"])
 

@@ -46,10 +46,16 @@ def tiny_folder(server):
 
 
 @pytest.fixture(scope="session")
-def job(server):
-    """The tiny job and the bytes of its uninterrupted run."""
+def memory():
+    """A folder for jobs."""
     with in_memory() as folder:
-        yield Job(server, Path(folder).resolve())
+        yield Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def job(server, memory):
+    """The tiny job and the bytes of its uninterrupted run."""
+    return Job(server, memory / "tiny")
 
 
 @pytest.fixture

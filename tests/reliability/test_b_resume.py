@@ -39,9 +39,9 @@ def resumed_at(job, step, *, before=None):
 
 
 @pytest.fixture(scope="module")
-def long_job(server, tmp_path_factory):
+def long_job(server, memory):
     """20 steps: two epochs and more, warm-up and decay."""
-    return Job(server, tmp_path_factory.mktemp("b1"), *LONG, steps=20)
+    return Job(server, memory / "b1", *LONG, steps=20)
 
 
 def test_B1_resume_every_step(long_job, figure):

@@ -21,10 +21,10 @@ STEP_IN_LOG = "step "
 
 
 @pytest.fixture(scope="module")
-def longer(server, tmp_path_factory):
+def longer(server, memory):
     """8 steps, a checkpoint only when a signal asks for one, or at the end."""
     more = ("--steps", "8", "--set", "training.checkpoint_every=100")
-    return Job(server, tmp_path_factory.mktemp("c"), *more, steps=8)
+    return Job(server, memory / "c", *more, steps=8)
 
 
 def goes_on(job, out):

@@ -17,10 +17,10 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
 @pytest.fixture(scope="module")
-def longer(server, tmp_path_factory):
+def longer(server, memory):
     """A run that is still at work when the other one looks."""
     more = ("--steps", "16", "--set", "training.checkpoint_every=4")
-    return Job(server, tmp_path_factory.mktemp("e"), *more, steps=16)
+    return Job(server, memory / "e", *more, steps=16)
 
 
 def race(job, number, hook):
