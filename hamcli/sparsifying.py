@@ -44,6 +44,7 @@ RUN_PARTS = (
     "model",
     "optimizer",
     "sparsifier",
+    "values.exponents",
     "values.groups",
     "values.records",
     "values.seconds",
@@ -72,6 +73,7 @@ class Sparsification:
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
+        self.exponents_before: dict[str, Any] | None = None  # of the run that is gone on with
         self.done = 0  # steps that are saved, or will be before anybody hears of a stop
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
@@ -364,6 +366,7 @@ class Sparsification:
             step,
             tensors,
             {
+                "exponents": self._exponents(optimizer),
                 "groups": state["param_groups"],
                 "records": [asdict(record) for record in self.records],
                 "seconds": seconds,
@@ -372,6 +375,17 @@ class Sparsification:
             },
         )
         self.done = step
+
+    def _exponents(self, optimizer: HAM) -> dict[str, Any] | None:
+        """What the report tells of the last mirror step that was measured, here or before a stop."""
+        last = optimizer.exponent_statistics()
+        if last is None:
+            return self.exponents_before
+        return {
+            "alpha": last.alpha,
+            "clamped_fraction": last.clamped_fraction,
+            "guard_events": last.guard_events,
+        }
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
         if not self.run.resume:
@@ -404,6 +418,7 @@ class Sparsification:
         course.load_state(found.tensors("sparsifier", names["sparsifier"]))
         self.records = [StepRecord(**record) for record in found.values["records"]]
         self.seconds_before = float(found.values["seconds"])
+        self.exponents_before = found.values["exponents"]
 
     # ---- the end ----
 
@@ -497,19 +512,19 @@ class Sparsification:
         means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
         greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
         moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
-        last = optimizer.exponent_statistics()
+        last = self._exponents(optimizer) or {}
         group = optimizer.param_groups[0]
         is_on = not (group["alpha"] == 0 and group["beta"] == 0)
         ham = HamRecord(
             scaling=group["scaling"],
             strength=group["strength"],
-            alpha=last.alpha if last is not None else None,
+            alpha=last.get("alpha"),
             beta=group["beta"],
             clamp=group["clamp"],
             exponent_mean=_mean(means),
             exponent_max=max(greatest, default=None),
-            clamped_fraction=last.clamped_fraction if last is not None else None,
-            guard_events=last.guard_events if last is not None else 0,
+            clamped_fraction=last.get("clamped_fraction"),
+            guard_events=last.get("guard_events", 0),
         )
         training = self.recipe.training
         return TrainingRecord(

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 PREEMPTING = ("SIGTERM", "SIGUSR1", "SIGUSR2", "SIGHUP")
 ENDLESS = ("--steps", "100000", "--set", "training.checkpoint_every=1000")
-STEP_IN_LOG = "step "
+STEP_IN_LOG = "ham: step "
 
 
 @pytest.fixture(scope="module")
