@@ -123,7 +123,7 @@ def _complete_already(read: ReadRecipe, folder: Path, progress: Progress) -> Rep
     if before is None or not before.is_of(run_identity(open_run(read, progress))):
         return None
     remove_leftovers(folder)
-    progress.note(f"{folder} is already complete: nothing was done")
+    progress.tell(f"{folder} is already complete: nothing was done")
     return read_report(folder)
 
 

@@ -1,7 +1,7 @@
 """One run of `ham sparsify`: train while zeros come, write, reopen, recount, measure, report."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import HamError, Interrupted, Preempted, RecipeError
+from hamcli.errors import RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
 from hamcli.objective import Objective, make_teacher
@@ -45,9 +45,11 @@ RUN_PARTS = (
     "model",
     "optimizer",
     "sparsifier",
+    "values.exponents",
     "values.groups",
     "values.records",
     "values.seconds",
+    "values.tensors",
 )
 
 
@@ -72,11 +74,14 @@ class Sparsification:
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
+        self.exponents_before: dict[str, Any] | None = None  # of the run that is gone on with
+        self.done = 0  # steps that are saved, or will be before anybody hears of a stop
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
 
     def work(self) -> Report:
         """Train, prune, write, reopen, measure, report."""
+        self._stop_here()
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
@@ -89,6 +94,7 @@ class Sparsification:
         one_shot = self._one_shot(teacher)
         course = self._course()
         self._prepare_step()
+        self._stop_here()
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
@@ -105,12 +111,14 @@ class Sparsification:
         if levels is None or not isinstance(course, Levels):
             course.finish()
             report = written(stage, self.recipe.sparsity.target)
+            self._stop_here()
             return finish_folder(report, stage, self.run, self.progress)
         reports = {}
         for level, target in enumerate(levels):
             course.finish_level(level)
             name = f"{target * 100:g}"
             reports[name] = written(stage / name, target)
+        self._stop_here()
         return finish_levels(reports, stage, self.run, self.progress)
 
     def _prepare_step(self) -> None:
@@ -121,11 +129,13 @@ class Sparsification:
         if without_extension is not None:
             self.progress.warn(without_extension)
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
         section = self.recipe.evaluation
-        return evaluation_batches(
+        for values in evaluation_batches(
             self.data, batch_size=section.batch_size, examples=section.examples
-        )
+        ):
+            self._stop_here()  # measuring may take longer than a step
+            yield values
 
     def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality:
         return measure(
@@ -276,11 +286,11 @@ class Sparsification:
                 self.records.append(record)
                 self.progress.step(record)
                 seconds = self.seconds_before + time.monotonic() - began
-                due = record.step % training.checkpoint_every == 0
-                if self.stop.requested or (due and record.step < training.steps):
+                is_due = record.step % training.checkpoint_every == 0
+                # the last one lets a run that ends while it writes its result go on from here
+                if self.stop.requested or is_due or record.step == training.steps:
                     self._save(record.step, optimizer, course, seconds)
-                if self.stop.requested:
-                    raise self._stopped(record.step)
+                    self._stop_here()
         finally:
             self.progress.end_steps()
         return self.seconds_before + time.monotonic() - began
@@ -326,27 +336,57 @@ class Sparsification:
         more = COPIES.get(self.recipe.sparsity.method, 0) * self.targets.total * 4
         self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=weights)
 
+    def _stop_here(self) -> None:
+        """End the run if a signal came; all steps done so far are saved."""
+        if not self.stop.requested:
+            return
+        again = self.command or "the same command"
+        if self.done == 0:
+            nothing = "nothing was saved" if not self.run.resume else "nothing new was saved"
+            nothing += " before the first step"
+            raise stopped_by(self.stop.requested, nothing, last=f"{nothing}; to start: {again}")
+        if "--resume" not in again:
+            again += " --resume"
+        saved = f"saved step {self.done}"
+        raise stopped_by(self.stop.requested, saved, last=f"{saved}; to go on: {again}")
+
     def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
         state = optimizer.state_dict()
-        tensors = {
+        moments = {
             f"{index}.{key}": value
             for index, entries in state["state"].items()
             for key, value in entries.items()
             if isinstance(value, Tensor)
         }
+        tensors = {
+            "model": _own_tensors(self.model),
+            "optimizer": moments,
+            "sparsifier": course.state(),
+        }
         self.run.save(
             step,
+            tensors,
             {
-                "model": _own_tensors(self.model),
-                "optimizer": tensors,
-                "sparsifier": course.state(),
-            },
-            {
+                "exponents": self._exponents(optimizer),
                 "groups": state["param_groups"],
                 "records": [asdict(record) for record in self.records],
                 "seconds": seconds,
+                # a moment that is missing would not be missed: the optimizer would begin it anew
+                "tensors": {stem: sorted(named) for stem, named in tensors.items()},
             },
         )
+        self.done = step
+
+    def _exponents(self, optimizer: HAM) -> dict[str, Any] | None:
+        """What the report tells of the last mirror step that was measured, here or before a stop."""
+        last = optimizer.exponent_statistics()
+        if last is None:
+            return self.exponents_before
+        return {
+            "alpha": last.alpha,
+            "clamped_fraction": last.clamped_fraction,
+            "guard_events": last.guard_events,
+        }
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
         if not self.run.resume:
@@ -357,7 +397,11 @@ class Sparsification:
             self.warnings.append(note)
             self.progress.warn(note)
         self._restore(found, optimizer, course)
-        self.progress.note(f"going on from step {found.step}")
+        self.done = found.step
+        self.progress.tell(
+            f"going on from step {found.step} of {self.recipe.training.steps}, "
+            f"the newest run checkpoint of {self.run.folder}"
+        )
         return found.step
 
     def _restore(self, found: Checkpoint, optimizer: HAM, course: Course) -> None:
@@ -367,26 +411,15 @@ class Sparsification:
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
         entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in found.tensors("optimizer").items():
+        names = found.values["tensors"]
+        for name, tensor in found.tensors("optimizer", names["optimizer"]).items():
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
-        course.load_state(found.tensors("sparsifier"))
+        course.load_state(found.tensors("sparsifier", names["sparsifier"]))
         self.records = [StepRecord(**record) for record in found.values["records"]]
         self.seconds_before = float(found.values["seconds"])
-
-    def _stopped(self, step: int) -> HamError:
-        kind = Interrupted if self.stop.requested == "SIGINT" else Preempted
-        code = "E902" if kind is Interrupted else "E901"
-        again = self.command or "the same command"
-        if "--resume" not in again:
-            again += " --resume"
-        return kind(
-            code,
-            "interrupted" if kind is Interrupted else f"stopped by {self.stop.requested}",
-            "",
-            f"saved step {step}; to go on: {again}",
-        )
+        self.exponents_before = found.values["exponents"]
 
     # ---- the end ----
 
@@ -419,6 +452,7 @@ class Sparsification:
         """Write the model into a staging folder, recount and measure it there."""
         section = self.recipe.sparsity
         threshold = self._threshold(dense_weights, sparsifier)
+        self._stop_here()
         self.progress.stage("writing and recounting")
         written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
@@ -479,19 +513,19 @@ class Sparsification:
         means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
         greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
         moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
-        last = optimizer.exponent_statistics()
+        last = self._exponents(optimizer) or {}
         group = optimizer.param_groups[0]
         is_on = not (group["alpha"] == 0 and group["beta"] == 0)
         ham = HamRecord(
             scaling=group["scaling"],
             strength=group["strength"],
-            alpha=last.alpha if last is not None else None,
+            alpha=last.get("alpha"),
             beta=group["beta"],
             clamp=group["clamp"],
             exponent_mean=_mean(means),
             exponent_max=max(greatest, default=None),
-            clamped_fraction=last.clamped_fraction if last is not None else None,
-            guard_events=last.guard_events if last is not None else 0,
+            clamped_fraction=last.get("clamped_fraction"),
+            guard_events=last.get("guard_events", 0),
         )
         training = self.recipe.training
         return TrainingRecord(

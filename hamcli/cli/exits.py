@@ -9,10 +9,12 @@ from hamcli.errors import (
     EXIT_INTERNAL,
     HamError,
     ResourceError,
+    Stopped,
     UsageError,
     printable,
     shorten,
 )
+from hamcli.signals import ignore_signals
 
 
 def exit_code(command: Callable[[], object]) -> int:
@@ -20,6 +22,8 @@ def exit_code(command: Callable[[], object]) -> int:
     try:
         code = command()
     except HamError as error:
+        if isinstance(error, Stopped):
+            ignore_signals()  # a scheduler that asks twice must not change the exit code
         return _told(error)
     except KeyboardInterrupt:
         sys.stderr.write("\nham: interrupted before anything was saved\n")

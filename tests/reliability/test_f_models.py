@@ -12,7 +12,7 @@ import pytest
 
 from hamcli.checkpoint.headers import read_header
 from hamcli.errors import InputRefused
-from tests.reliability import hostile_models, judge, tiny, watching
+from tests.reliability import hostile_models, judge, tiny, witness
 from tests.reliability.assertions import assert_clean_error
 from tests.reliability.header_fuzz import READERS
 from tests.reliability.hostile_models import CASES, Case
@@ -92,14 +92,14 @@ def test_F1_a_dozen_by_the_console_script(tmp_path: Path, figure: Any) -> None:
 
 def refuse(
     server: Server, case: Case, tmp_path: Path, *words: str
-) -> tuple[Outcome, watching.Watched]:
+) -> tuple[Outcome, witness.Watched]:
     """Run the command on the case; hold it to all that F promises."""
     folder = case.folder(server.tiny / "untied", tmp_path)
     before = state(folder)
     size = sum(size for _, size, _ in before)
     argv = words or tuple(tiny.sparsify(server.tiny, tmp_path / "out"))
     argv = tuple(str(folder) if word == str(server.tiny / "untied") else word for word in argv)
-    done, seen = watching.run(server, argv, tmp_path, timeout=60)
+    done, seen = witness.run(server, argv, tmp_path, timeout=60)
     assert_clean_error(done, 4, case.pattern)
     assert state(folder) == before
     assert not (tmp_path / "out").exists()
@@ -283,7 +283,7 @@ def test_F8_stray_pickles_beside_sound_weights_are_never_opened(
     for name in strays:
         (folder / name).write_bytes(hostile_models.PICKLE)
     words = ["prune", str(folder), "--recipe", str(server.tiny / "recipe.yaml"), "--out", "out"]
-    done, seen = watching.run(server, words, tmp_path)
+    done, seen = witness.run(server, words, tmp_path)
     assert done.code == 0, done.stderr
     assert not [path for path in seen.opened if Path(path).name in strays]
     assert not {path.name for path in (tmp_path / "out").iterdir()} & set(strays)

@@ -18,7 +18,7 @@ from hamcli.recipe import read_recipe, recipe_layer, shipped_names
 from hamcli.recipe.reading import shipped_text
 from hamcli.recipe.schema import Recipe
 from hamcli.recipe.text import RecipeLoader, parse
-from tests.reliability import hostile_recipes, tiny, watching
+from tests.reliability import hostile_recipes, tiny, witness
 from tests.reliability.assertions import assert_clean_error
 from tests.reliability.server import PLAIN, ROOT
 
@@ -325,7 +325,7 @@ def test_G5_no_code(server: Any, tiny_folder: Any, tmp_path: Any, figure: Any) -
         for text in texts:
             model = [] if key == "model.id" else [str(tiny_folder / "untied")]
             word = f"{key}={json.dumps(text)}"
-            done, seen = watching.run(server, [*base, *model, "--set", word], tmp_path, env=OFFLINE)
+            done, seen = witness.run(server, [*base, *model, "--set", word], tmp_path, env=OFFLINE)
             tried += 1
             # a config is not looked at where the folder has one; a column is one that is not there
             assert done.code in (0, 2, 4), (word, done.stderr)

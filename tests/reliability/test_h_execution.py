@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.reliability import hostile_models, judge, tiny, watching
+from tests.reliability import hostile_models, judge, tiny, witness
 from tests.reliability.assertions import assert_clean_error, assert_clean_streams, is_json
 from tests.reliability.server import PLAIN, ROOT, SECRET, Server
 
@@ -71,7 +71,7 @@ def evil(server: Server, tmp_path: Path) -> Path:
     return folder
 
 
-def assert_nothing_ran(seen: watching.Watched, folder: Path, tmp_path: Path) -> None:
+def assert_nothing_ran(seen: witness.Watched, folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "canary").exists()
     assert not list(tmp_path.rglob(hostile_models.CANARY))
     assert not seen.sockets
@@ -97,7 +97,7 @@ def test_H1_remote_code(
     words = ["prune", str(evil), "--recipe", str(server.tiny / "recipe.yaml"), "--out", "out"]
     ours, theirs = pty.openpty()
     os.write(ours, b"y\n" * 10)  # whoever asks gets a yes
-    done, seen = watching.run(server, words, tmp_path, stdin=theirs, timeout=60)
+    done, seen = witness.run(server, words, tmp_path, stdin=theirs, timeout=60)
     os.close(theirs)
     os.close(ours)
     if code:
@@ -113,7 +113,7 @@ def test_H1_a_loader_that_trusts_is_caught(server: Server, evil: Path, tmp_path:
     subprocess.run([sys.executable, "-c", "import evil"], cwd=evil, check=True)
     assert (tmp_path / "canary").exists()
     here = "tests.reliability.test_h_execution:ask"
-    done, seen = watching.run(server, [], tmp_path, env={"HAM_TESTS_THEN": here})
+    done, seen = witness.run(server, [], tmp_path, env={"HAM_TESTS_THEN": here})
     assert done.code == 0
     assert seen.questions
     assert seen.pickles
@@ -228,7 +228,7 @@ def test_H3_no_pickle(server: Server, tmp_path: Path, figure: Any) -> None:
         ["inspect", str(out)],
         tiny.sparsify(server.tiny, out, "--overwrite", "--resume"),
     ):
-        done, seen = watching.run(server, words, tmp_path)
+        done, seen = witness.run(server, words, tmp_path)
         assert done.code == 0, done.stderr
         pickles += len(seen.pickles)
         assert not seen.sockets

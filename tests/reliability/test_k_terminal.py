@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.reliability import hostile_models, hostile_recipes, judge, tiny, watching
+from tests.reliability import hostile_models, hostile_recipes, judge, tiny, witness
 from tests.reliability.assertions import assert_clean_error
 from tests.reliability.server import Server, cold
 
@@ -232,7 +232,7 @@ def test_K4_a_local_model_never_touches_the_network(
         ["inspect", model],
         ["check", str(out)],
     ):
-        done, seen = watching.run(server, words, tmp_path)
+        done, seen = witness.run(server, words, tmp_path)
         assert done.code == 0, (words, done.stderr)
         assert seen.written_outside(tmp_path, Path("/tmp"), *caches()) == []
         sockets += len(seen.sockets)
@@ -291,7 +291,7 @@ def test_K5_dry_run_of_every_hostile_recipe(server: Server, tmp_path: Path, figu
 
 def test_K5_a_sound_plan_writes_nothing(server: Server, tmp_path: Path) -> None:
     words = ["plan", str(server.tiny / "untied"), "--recipe", str(server.tiny / "recipe.yaml")]
-    done, seen = watching.run(server, words, tmp_path)
+    done, seen = witness.run(server, words, tmp_path)
     assert done.code == 0, done.stderr
     assert seen.written_outside(Path("/tmp"), *caches()) == []
     assert list(tmp_path.iterdir()) == []
