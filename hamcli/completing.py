@@ -25,9 +25,12 @@ def complete(layers: Sequence[Any], *, has_recipe: bool) -> ReadRecipe:
         if task in RECIPE_OF_TASK:
             layers.insert(0, recipe_layer(RECIPE_OF_TASK[task]))
             layers.insert(1, values_layer({"model.task": task}, "task"))
-    pattern = _last([layer.data for layer in layers], "sparsity", "pattern")
-    asked = _last([layer.data for layer in layers[1:]], "sparsity", "target")
-    if isinstance(pattern, str) and asked is None and ":" in pattern:
+    said = [layer.data for layer in layers]
+    pattern = _last(said, "sparsity", "pattern")
+    # a recipe that says both is held to both; a pattern of the command line overrides its target
+    is_asked = _last(said[1:], "sparsity", "target") is not None
+    is_one_word = _where(said, "sparsity", "target") == _where(said, "sparsity", "pattern")
+    if isinstance(pattern, str) and not is_asked and not is_one_word and ":" in pattern:
         kept, _, group = pattern.partition(":")
         if kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group):
             fixed = values_layer({"sparsity.target": 1 - int(kept) / int(group)}, "pattern")
@@ -72,3 +75,11 @@ def public_recipe(recipe: Recipe) -> dict[str, Any]:
         if value is not None and os.path.isabs(value):
             shown[section][key] = Path(value).name
     return shown
+
+
+def _where(layers: Sequence[Mapping[str, Any]], section: str, key: str) -> int:
+    """Index of the last layer that says a key; -1 for none."""
+    return max(
+        (index for index, layer in enumerate(layers) if _last([layer], section, key) is not None),
+        default=-1,
+    )

@@ -207,6 +207,10 @@ class PlainWatcher:
         if self._screen.verbose:
             self._screen.say(f"ham: {text}")
 
+    def tell(self, text: str) -> None:
+        """A line at once, unless quiet."""
+        self._screen.say(f"ham: {text}")
+
     def warn(self, text: str) -> None:
         """Something that may be wrong."""
         self._screen.warn(text)
@@ -296,6 +300,10 @@ class LiveWatcher:
         """Something worth knowing, shown in verbose mode."""
         if self._screen.verbose:
             self._screen.say(text, "dim")
+
+    def tell(self, text: str) -> None:
+        """A line, unless quiet."""
+        self._screen.say(text)
 
     def warn(self, text: str) -> None:
         """Something that may be wrong."""

@@ -9,8 +9,9 @@
     ├── OutputLocked        6    HAM-E6xx   another run holds the output
     ├── Diverged            7    HAM-E7xx   non-finite loss, gradient or weight
     ├── NoRunCheckpoint     8    HAM-E8xx   nothing to resume from, or it does not fit
-    ├── Preempted          75    HAM-E901   a signal; saved, resumable
-    └── Interrupted       130    HAM-E902   Ctrl-C; saved, resumable
+    └── Stopped
+        ├── Preempted      75    HAM-E901   a signal; saved, resumable
+        └── Interrupted   130    HAM-E902   Ctrl-C; saved, resumable
 
 Anything else that escapes is a bug: exit 1, HAM-E001. Subclasses exist where somebody catches them
 apart or where the exit code differs. This module imports nothing of ours and no torch.
@@ -153,16 +154,51 @@ class NoRunCheckpoint(HamError):
     exit_code = 8
 
 
-class Preempted(HamError):
+class Stopped(HamError):
+    """A signal ended a run that can go on.
+
+    Args:
+        code: E901 or E902.
+        what: Which signal.
+        where: As of any error.
+        why: What was saved.
+        last: The last words on stderr, in full: what was saved and the command that goes on.
+    """
+
+    def __init__(
+        self, code: str, what: str, where: object = "", why: str = "", *, last: str = ""
+    ) -> None:
+        super().__init__(code, what, where, why)
+        self.last = last
+
+    def lines(self) -> list[str]:
+        """The error's line, then the last words."""
+        return [self.line(), *([f"ham: {printable(self.last)}"] if self.last else [])]
+
+
+class Preempted(Stopped):
     """A signal asked for the machine; the run is saved and can go on."""
 
     exit_code = 75
 
 
-class Interrupted(HamError):
+class Interrupted(Stopped):
     """Ctrl-C; the run is saved and can go on."""
 
     exit_code = 130
+
+
+def stopped_by(signal_name: str, why: str, *, last: str = "") -> Stopped:
+    """The error of a run that a signal stopped.
+
+    Args:
+        signal_name: As `SIGTERM`; SIGINT is Ctrl-C.
+        why: What was saved.
+        last: See `Stopped`.
+    """
+    if signal_name == "SIGINT":
+        return Interrupted("E902", "interrupted", "", why, last=last)
+    return Preempted("E901", f"stopped by {signal_name}", "", why, last=last)
 
 
 def printable(text: str) -> str:

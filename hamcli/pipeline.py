@@ -154,7 +154,7 @@ def _complete_already(
         before = finished(folder)
         if before is not None and before.is_of(run_identity(open_run(read, progress))):
             remove_leftovers(folder)
-            progress.note(f"{folder} is already complete: nothing was done")
+            progress.tell(f"{folder} is already complete: nothing was done")
             found = read_report(folder)
     told = world.tell(found.to_json() if found is not None else None)
     return found if found is not None or told is None else Report.from_json(told)

@@ -49,6 +49,9 @@ class Progress(Protocol):
     def note(self, text: str) -> None:
         """Something worth knowing."""
 
+    def tell(self, text: str) -> None:
+        """What happens instead of a run from its start: it goes on, or is done already."""
+
     def warn(self, text: str) -> None:
         """Something that may be wrong; it also stands in the report."""
 
@@ -78,6 +81,9 @@ class Silent:
         """Say nothing."""
 
     def note(self, text: str) -> None:
+        """Say nothing."""
+
+    def tell(self, text: str) -> None:
         """Say nothing."""
 
     def warn(self, text: str) -> None:

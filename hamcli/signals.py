@@ -70,6 +70,13 @@ def stop_on_signals(restore_terminal: Callable[[], None] | None = None) -> Itera
             signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
+def ignore_signals() -> None:
+    """Hear none of these signals any more, in a process that is about to end by one of them."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _wanted():
+            signal.signal(number, signal.SIG_IGN)
+
+
 def _wanted() -> list[signal.Signals]:
     found = [getattr(signal, name) for name in (*_PREEMPTING, "SIGINT") if hasattr(signal, name)]
     return [

@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.checkpoint.dense import stored_tensors
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import HamError, Interrupted, Preempted, RecipeError, ResourceError
+from hamcli.errors import HamError, RecipeError, ResourceError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import (
     Written,
@@ -73,9 +73,11 @@ RUN_PARTS = (
     "model",
     "optimizer",
     "sparsifier",
+    "values.exponents",
     "values.groups",
     "values.records",
     "values.seconds",
+    "values.tensors",
 )
 
 
@@ -118,11 +120,14 @@ class Sparsification:
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
+        self.exponents_before: dict[str, Any] | None = None  # of the run that is gone on with
+        self.done = 0  # steps that are saved, or will be before anybody hears of a stop
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
 
     def work(self) -> Report | None:
         """Train, prune, write, reopen, measure, report; None but in process 0."""
+        self._stop_here()
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
@@ -135,6 +140,7 @@ class Sparsification:
         one_shot = self._one_shot(teacher)
         course = self._course()
         self._prepare_step()
+        self._stop_here()
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
@@ -159,12 +165,14 @@ class Sparsification:
         if levels is None or not isinstance(course, Levels):
             course.finish()
             report = written(stage, self.recipe.sparsity.target)
+            self._stop_here()
             return finish_folder(report, stage, run, self.progress)
         reports = {}
         for level, target in enumerate(levels):
             course.finish_level(level)
             name = f"{target * 100:g}"
             reports[name] = written(stage / name, target)
+        self._stop_here()
         return finish_levels(reports, stage, run, self.progress)
 
     def _place(self) -> nn.Module | None:
@@ -191,11 +199,13 @@ class Sparsification:
         if without_extension is not None:
             self.progress.warn(without_extension)
 
-    def _batches(self) -> Any:
+    def _batches(self) -> Iterator[dict[str, Tensor]]:
         section = self.recipe.evaluation
-        return evaluation_batches(
+        for values in evaluation_batches(
             self.data, batch_size=section.batch_size, examples=section.examples
-        )
+        ):
+            self._stop_here()  # measuring may take longer than a step
+            yield values
 
     def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality | None:
         """Quality on the held-out examples, in process 0; the others go on and wait later."""
@@ -377,12 +387,13 @@ class Sparsification:
                 self.records.append(record)
                 self.progress.step(record)
                 seconds = self.seconds_before + time.monotonic() - began
-                due = record.step % training.checkpoint_every == 0
+                is_due = record.step % training.checkpoint_every == 0
                 stop = self._stop_agreed()
-                if stop is not None or (due and record.step < training.steps):
+                # the last one lets a run that ends while it writes its result go on from here
+                if stop is not None or is_due or record.step == training.steps:
                     self._save(record.step, optimizer, course, seconds)
                 if stop is not None:
-                    raise self._stopped(record.step, stop)
+                    raise self._stopped(stop)
         finally:
             self.progress.end_steps()
         return self.seconds_before + time.monotonic() - began
@@ -436,15 +447,37 @@ class Sparsification:
         more = COPIES.get(self.recipe.sparsity.method, 0) * self.targets.total * 4
         self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=weights)
 
+    def _stop_here(self) -> None:
+        """End the run if a signal came to process 0, which ends the others."""
+        if self.world.is_main and self.stop.requested is not None:
+            raise self._stopped(self.stop.requested)
+
+    def _stopped(self, name: str) -> HamError:
+        """The error of a run that signal `name` ends; all steps done so far are saved."""
+        again = self.command or "the same command"
+        if self.world.size > 1:
+            again = "the same launch"
+        if self.done == 0:
+            resumed = self.run is not None and self.run.resume
+            nothing = f"{'nothing new' if resumed else 'nothing'} was saved before the first step"
+            return stopped_by(name, nothing, last=f"{nothing}; to start: {again}")
+        if "--resume" not in again:
+            again += " with --resume" if self.world.size > 1 else " --resume"
+        saved = f"saved step {self.done}"
+        return stopped_by(name, saved, last=f"{saved}; to go on: {again}")
+
     def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
         """Save the run, in process 0; the others wait, so that none runs ahead of it."""
         self._refuse_drift(step)
         tensors = self._state(optimizer, course)
         if self.run is not None:
             values = {
+                "exponents": self._exponents(optimizer),
                 "groups": optimizer.state_dict()["param_groups"],
                 "records": [asdict(record) for record in self.records],
                 "seconds": seconds,
+                # a moment that is missing would not be missed: the optimizer would begin it anew
+                "tensors": {stem: sorted(named) for stem, named in tensors.items()},
             }
             self.run.save(step, tensors, values)
         elif self.shards is not None:  # process 0 asks for whole tensors, one after the other
@@ -452,6 +485,18 @@ class Sparsification:
                 for name in writing_order(tensors[stem]):
                     whole(tensors[stem][name])
         self.world.barrier()
+        self.done = step
+
+    def _exponents(self, optimizer: HAM) -> dict[str, Any] | None:
+        """What the report tells of the last measured mirror step, here or before a stop."""
+        last = optimizer.exponent_statistics()
+        if last is None:
+            return self.exponents_before
+        return {
+            "alpha": last.alpha,
+            "clamped_fraction": last.clamped_fraction,
+            "guard_events": last.guard_events,
+        }
 
     def _refuse_drift(self, step: int) -> None:
         """See that the processes hold the same weights, to the bit.
@@ -498,14 +543,21 @@ class Sparsification:
         step = int(self.world.tell(0 if found is None else found.step))
         if step > 0:
             self._restore(found, optimizer, course)
-            self.progress.note(f"going on from step {step}")
+            self.done = step
+        if found is not None and self.run is not None:
+            self.progress.tell(
+                f"going on from step {step} of {self.recipe.training.steps}, "
+                f"the newest run checkpoint of {self.run.folder}"
+            )
         return step
 
     def _restore(self, found: Checkpoint | None, optimizer: HAM, course: Course) -> None:
         """Go on from a checkpoint, which process 0 reads for all."""
 
         def shared(
-            stem: str, names: set[str] | None = None, like: Mapping[str, Tensor] | None = None
+            stem: str,
+            names: Collection[str] | None = None,
+            like: Mapping[str, Tensor] | None = None,
         ) -> dict[str, Tensor]:
             here = None if found is None else found.tensors(stem, names)
             return self.world.share(here, self._cutting(like or {}))
@@ -518,15 +570,19 @@ class Sparsification:
                 tensor.copy_(saved[name])
         params = [one for group in optimizer.param_groups for one in group["params"]]
         entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in shared("optimizer", None, dict(enumerate_names(params))).items():
+        names = values["tensors"]
+        for name, tensor in shared(
+            "optimizer", names["optimizer"], dict(enumerate_names(params))
+        ).items():
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
         masks = {f"mask.{one.name}": one.part.source for one in self.targets if one.part}
-        kept = shared("sparsifier", None, masks)
+        kept = shared("sparsifier", names["sparsifier"], masks)
         course.load_state({key: local(one) if key in masks else one for key, one in kept.items()})
         self.records = [StepRecord(**record) for record in values["records"]]
         self.seconds_before = float(values["seconds"])
+        self.exponents_before = values["exponents"]
 
     def _cutting(self, like: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor] | None:
         """What of each whole tensor stays here, given the parameter that it belongs to.
@@ -544,21 +600,6 @@ class Sparsification:
             return shards.cut(tensor, param)
 
         return cut
-
-    def _stopped(self, step: int, name: str) -> HamError:
-        kind = Interrupted if name == "SIGINT" else Preempted
-        code = "E902" if kind is Interrupted else "E901"
-        again = self.command or "the same command"
-        if self.world.size > 1:
-            again = "the same launch with"
-        if "--resume" not in again:
-            again += " --resume"
-        return kind(
-            code,
-            "interrupted" if kind is Interrupted else f"stopped by {name}",
-            "",
-            f"saved step {step}; to go on: {again}",
-        )
 
     # ---- the end ----
 
@@ -593,6 +634,7 @@ class Sparsification:
     ) -> Report:
         """Write the model into a staging folder, recount and measure it there."""
         found = self._weights_told(dense_weights, sparsifier)
+        self._stop_here()
         self.progress.stage("writing and recounting")
         written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
@@ -749,19 +791,19 @@ class Sparsification:
         means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
         greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
         moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
-        last = optimizer.exponent_statistics()
+        last = self._exponents(optimizer) or {}
         group = optimizer.param_groups[0]
         is_on = not (group["alpha"] == 0 and group["beta"] == 0)
         ham = HamRecord(
             scaling=group["scaling"],
             strength=group["strength"],
-            alpha=last.alpha if last is not None else None,
+            alpha=last.get("alpha"),
             beta=group["beta"],
             clamp=group["clamp"],
             exponent_mean=_mean(means),
             exponent_max=max(greatest, default=None),
-            clamped_fraction=last.clamped_fraction if last is not None else None,
-            guard_events=last.guard_events if last is not None else 0,
+            clamped_fraction=last.get("clamped_fraction"),
+            guard_events=last.get("guard_events", 0),
         )
         training = self.recipe.training
         return TrainingRecord(

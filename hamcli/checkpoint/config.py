@@ -37,6 +37,7 @@ _DROPPED = {
     # code of the folder, kernels from the hub, places on the author's machine
     "auto_map",
     "custom_pipelines",
+    "custom_generate",
     "trust_remote_code",
     "_name_or_path",
     "name_or_path",

@@ -204,7 +204,10 @@ def _parse(path: Path, raw: bytes) -> dict[str, Any]:
         _refuse_header(path, "it does not begin with {")
     try:
         entries = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_refuse_constant
+            raw.decode("utf-8"),
+            object_pairs_hook=_unique,
+            parse_constant=_refuse_constant,
+            parse_int=_count,
         )
     except RecursionError:
         _refuse_header(path, "it is nested too deep")
@@ -223,6 +226,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
         raise ValueError(f"the name {twice[:80]!r} occurs twice")
     return unique
+
+
+def _count(text: str) -> int:
+    if text.startswith("-"):  # -0 too: to other readers it is no count
+        raise ValueError(f"{text[:40]} is negative")
+    return int(text)
 
 
 def _refuse_constant(text: str) -> NoReturn:

@@ -107,7 +107,10 @@ def find_model(
     check_config(cleaned, headers, config_path)
     weights = tuple(files.values())
     files[CONFIG] = config_path
-    hashes = _hash(folder, files) if hashed else {}
+    beside = {name: one for name in (INDEX, *SIDE_FILES) if (one := find_file(folder, name))}
+    hashes = (
+        {name: sha256(path) for name, path in sorted((beside | files).items())} if hashed else {}
+    )
     return Source(model, folder, revision, hashes, weights, headers, cleaned)
 
 
@@ -326,11 +329,6 @@ def _find_config(folder: Path, config: str | None) -> Path:
             "--config with a config.json or its folder",
         )
     return found
-
-
-def _hash(folder: Path, files: dict[str, Path]) -> dict[str, str]:
-    others = {name: path for name in (INDEX, *SIDE_FILES) if (path := find_file(folder, name))}
-    return {name: sha256(path) for name, path in sorted((others | files).items())}
 
 
 def _refuse_weights(folder: Path) -> NoReturn:

@@ -9,10 +9,12 @@ from hamcli.errors import (
     EXIT_INTERNAL,
     HamError,
     ResourceError,
+    Stopped,
     UsageError,
     printable,
     shorten,
 )
+from hamcli.signals import ignore_signals
 
 
 def exit_code(command: Callable[[], object]) -> int:
@@ -20,6 +22,8 @@ def exit_code(command: Callable[[], object]) -> int:
     try:
         code = command()
     except HamError as error:
+        if isinstance(error, Stopped):
+            ignore_signals()  # a scheduler that asks twice must not change the exit code
         return _told(error)
     except KeyboardInterrupt:
         sys.stderr.write("\nham: interrupted before anything was saved\n")
@@ -71,8 +75,16 @@ def _told(error: HamError) -> int:
 
 def settled(code: int) -> int:
     """Flush what is left; a reader that has gone changes nothing."""
-    try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - closed by the end of the process
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except (OSError, ValueError):
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - closed by the end
     return code
+
+
+def open_closed_streams() -> None:
+    """A stream that was closed when the process began is one that nobody reads."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - closed by the end

@@ -11,7 +11,7 @@ from hamcli.comparison.running import run_cell
 from hamcli.comparison.summary import means, pairs
 from hamcli.comparison.tuning import choose, learning_rates
 from hamcli.comparison.watching import OneRun, RunCounter
-from hamcli.errors import HamError, Interrupted, Preempted, UsageError
+from hamcli.errors import HamError, Stopped, UsageError, stopped_by
 from hamcli.opening import public_recipe
 from hamcli.progress import Progress, Silent
 from hamcli.recipe import ReadRecipe, Recipe
@@ -129,7 +129,7 @@ class _Runner:
         keep = self.keep and not cell.is_trial
         try:
             outcome = run_cell(read, folder, keep=keep, progress=watcher, stop=self.stop)
-        except (Interrupted, Preempted):
+        except Stopped:
             raise self._stopped(f"{cell.label} is saved where it stopped; ") from None
         self.cells.save(content, outcome)
         self.counter.end()
@@ -138,11 +138,8 @@ class _Runner:
         return Row(cell, key, outcome)
 
     def _stopped(self, saved: str) -> HamError:
-        kind: type[HamError] = Interrupted if self.stop.requested == "SIGINT" else Preempted
-        return kind(
-            "E902" if kind is Interrupted else "E901",
-            "interrupted" if kind is Interrupted else f"stopped by {self.stop.requested}",
-            "",
+        return stopped_by(
+            self.stop.requested or "",
             f"{self.counter.made} runs were made; {saved}the same command goes on",
         )
 

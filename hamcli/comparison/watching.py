@@ -60,6 +60,10 @@ class OneRun(Silent):
         """Something worth knowing, with the run it is about."""
         self._progress.note(f"{self._label}: {text}")
 
+    def tell(self, text: str) -> None:
+        """A run that goes on, with the run it is about."""
+        self._progress.note(f"{self._label}: {text}")
+
     def warn(self, text: str) -> None:
         """Kept with the run's numbers; shown as a note, since most runs would say the same."""
         self._progress.note(f"{self._label}: {text}")

@@ -53,6 +53,9 @@ def read_table(source: str, split: str = "train") -> Table:
     Raises:
         InputRefused: It is missing, empty, of an unknown kind or broken.
     """
+    if "://" in source:
+        # not repeated: an address may carry a password
+        raise InputRefused("E451", "not data", right="a file, a folder or a dataset id, no URL")
     path = Path(source)
     if path.is_dir():
         table = _read_folder(path, split)

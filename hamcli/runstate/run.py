@@ -10,8 +10,10 @@ OUT.run/.old-*       an OUT that is being replaced, until the new one is durable
 """
 
 import json
+import os
 import re
 import time
+import traceback
 import uuid
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
@@ -20,7 +22,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from hamcli.errors import NoRunCheckpoint, UsageError, printable
+from hamcli.errors import HamError, NoRunCheckpoint, UsageError, printable
 from hamcli.runstate.checkpoints import KEEP, Checkpoint, Checkpoints
 from hamcli.runstate.disk import (
     apply_umask,
@@ -112,7 +114,17 @@ class RunState:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if error is not None and self._lock is not None:
+            self._log_failure(error)
         self.close()
+
+    def _log_failure(self, error: BaseException) -> None:
+        """What ended the run, and where in the code if `HAM_DEBUG=1` asks for it."""
+        self.log(
+            error.line() if isinstance(error, HamError) else f"{type(error).__name__}: {error}"
+        )
+        if os.environ.get("HAM_DEBUG") == "1":
+            self.log("".join(traceback.format_exception(error)))
 
     def _refuse_unfinished(self) -> None:
         steps = self.checkpoints.steps()

@@ -20,6 +20,7 @@ from tests.checkpoint.pico import (
     save,
     write_header,
 )
+from tests.reliability.hostile_models import NAMES
 
 ASSETS = Path(__file__).parents[1] / "assets"
 RESNET = ASSETS / "fashion-mnist-resnet-tiny"
@@ -222,68 +223,11 @@ def test_stray_pickles_are_not_in_the_way(single: Path) -> None:
 
 # ---- F5: names in the index ----
 
-TRAVERSALS: list[Any] = [
-    "../model.safetensors",
-    "/etc/model.safetensors",
-    "..\\model.safetensors",
-    "C:\\model.safetensors",
-    "C:model.safetensors",
-    "a/b.safetensors",
-    "./model.safetensors",
-    "..",
-    ".",
-    "",
-    " ",
-    "model.safetensors\0",
-    "model.safetensors\n",
-    "model\u2024\u2024.safetensors",
-    "\uff0e\uff0e\uff0fmodel.safetensors",
-    "%2e%2e%2fmodel.safetensors",
-    "..%2fmodel.safetensors",
-    "~/model.safetensors",
-    "$HOME.safetensors",
-    "-rf.safetensors",
-    ".hidden.safetensors",
-    "a..safetensors",
-    "model.bin",
-    "/dev/zero",
-    "/dev/stdin",
-    "file:///etc/passwd.safetensors",
-    "x" * 10_000 + ".safetensors",
-    "\x1b]0;x\x07.safetensors",
-    7,
-    None,
-    True,
-    ["model.safetensors"],
-    {"a": 1},
-]
 
-
-@pytest.mark.parametrize("name", TRAVERSALS, ids=lambda name: repr(name)[:24])
+@pytest.mark.parametrize("name", NAMES, ids=lambda name: repr(name)[:24])
 def test_shard_names_that_lead_elsewhere_are_refused(sharded: Path, name: Any) -> None:
     edit_index(sharded, lambda index: index["weight_map"].update({first_tensor(index): name}))
     refusal("E411", "", find_model, str(sharded))
-
-
-def test_nothing_outside_is_opened(sharded: Path, tmp_path: Path) -> None:
-    outside = tmp_path / "outside.safetensors"
-    shutil.copy(next(sharded.glob("*-00001-of-*")), outside)
-    edit_index(
-        sharded,
-        lambda index: index["weight_map"].update({first_tensor(index): "../outside.safetensors"}),
-    )
-    code = (
-        "import sys; opened = [];"
-        "sys.addaudithook(lambda event, args: event == 'open' and opened.append(str(args[0])));"
-        "from hamcli.checkpoint.source import find_model;"
-        "from hamcli.errors import InputRefused\n"
-        f"try: find_model({str(sharded)!r})\n"
-        "except InputRefused as error: assert error.code == 'E411'\n"
-        "else: raise SystemExit('accepted')\n"
-        f"assert {str(sharded / 'model.safetensors.index.json')!r} in opened\n"
-        "assert not [name for name in opened if 'outside.safetensors' in name]"
-    )
-    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 @pytest.mark.parametrize("kind", ["directory", "pipe", "socket link", "gone"])

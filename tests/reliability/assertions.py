@@ -49,16 +49,38 @@ def assert_clean_error(outcome: Ended, code: int, pattern: str) -> None:
         assert len(line) <= LINE_LIMIT, f"{len(line)} characters: {line!r}"
         assert line.isprintable(), f"{line!r}"
     assert_clean_streams(outcome)
+    assert not outcome.stdout.strip() or is_json(outcome.stdout), outcome.stdout[-3000:]
+
+
+def assert_stopped(outcome: Ended, code: int, step: int | None) -> None:
+    """75 or 130; one line of an error, then what was saved and the command that goes on.
+
+    Args:
+        outcome: How the command ended.
+        code: 75 or 130.
+        step: That was saved; None when nothing was.
+    """
+    told = f"code {outcome.code}\n{outcome.stderr[-3000:]}"
+    assert outcome.code == code, told
+    lines = error_lines(outcome.stderr)
+    assert len(lines) == 2, told
+    assert lines[0].startswith(f"ham: error[HAM-E{901 if code == 75 else 902}]: "), told
+    if step is None:
+        assert re.match(r"ham: nothing (new )?was saved.*; to start: ham sparsify ", lines[1]), told
+    else:
+        assert lines[1].startswith(f"ham: saved step {step}; to go on: ham sparsify "), told
+        assert "--resume" in lines[1], told
+    assert outcome.stdout == "", told
+    assert_clean_streams(outcome)
 
 
 def assert_clean_streams(outcome: Ended) -> None:
-    """No traceback, no escape byte, no secret; stdout empty or one JSON document."""
+    """No traceback, no escape byte, no secret, no words of Typer's own."""
     for text in (outcome.stdout, outcome.stderr):
         assert "Traceback" not in text, text[-3000:]
         assert "\x1b" not in text, repr(text[-3000:])
         assert SECRET not in text
     assert not TYPERS_OWN.search(outcome.stderr), outcome.stderr[-3000:]
-    assert not outcome.stdout.strip() or is_json(outcome.stdout), outcome.stdout[-3000:]
 
 
 def is_json(text: str) -> bool:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.reliability.server import Server
+from tests.reliability.trials import Job
 
 if not sys.platform.startswith("linux"):
     collect_ignore_glob = ["test_*.py"]
@@ -42,6 +43,19 @@ def server():
 def tiny_folder(server):
     """Of the tiny models `untied` and `tied`, `data.jsonl` and `recipe.yaml`; never written to."""
     return server.tiny
+
+
+@pytest.fixture(scope="session")
+def memory():
+    """A folder for jobs."""
+    with in_memory() as folder:
+        yield Path(folder).resolve()
+
+
+@pytest.fixture(scope="session")
+def job(server, memory):
+    """The tiny job and the bytes of its uninterrupted run."""
+    return Job(server, memory / "tiny")
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,8 +76,9 @@ class Running:
 
     def signal(self, number: int) -> None:
         """Send it a signal, unless it has ended."""
-        if not self.has_ended():
-            os.kill(self.pid, number)
+        with suppress(ProcessLookupError):  # it has just ended
+            if not self.has_ended():
+                os.kill(self.pid, number)
 
     def has_ended(self) -> bool:
         """Whether it has ended."""
@@ -88,7 +90,7 @@ class Running:
             return self._outcome
         told = self._server.told(self._number, timeout)
         if is_late := told is None:
-            os.kill(self.pid, signal.SIGKILL)
+            self.signal(signal.SIGKILL)
             told = self._server.told(self._number, 60.0)
         self._server.forget(self._number)
         texts = [self._text(stream) for stream in self._streams]
@@ -297,6 +299,11 @@ class Server:
             self._news.notify_all()
 
 
+def cold_environment() -> dict[str, str]:
+    """Of a new interpreter that sees this code."""
+    return {**os.environ, **PLAIN, "PYTHONPATH": str(ROOT)}
+
+
 def cold(
     argv: Sequence[str],
     *,
@@ -314,7 +321,7 @@ def cold(
     return subprocess.Popen(
         [sys.executable, "-m", "hamcli", *argv],
         cwd=cwd,
-        env={**os.environ, **PLAIN, "PYTHONPATH": str(ROOT), **(env or {})},
+        env={**cold_environment(), **(env or {})},
         text=True,
         **options,
     )

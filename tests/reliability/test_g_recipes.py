@@ -18,7 +18,7 @@ from hamcli.recipe import read_recipe, recipe_layer, shipped_names
 from hamcli.recipe.reading import shipped_text
 from hamcli.recipe.schema import Recipe
 from hamcli.recipe.text import RecipeLoader, parse
-from tests.reliability import hostile_recipes, tiny, watching
+from tests.reliability import hostile_recipes, tiny, witness
 from tests.reliability.assertions import assert_clean_error
 from tests.reliability.server import PLAIN, ROOT
 
@@ -306,14 +306,14 @@ CODE_LIKE = [
 ]  # fmt: skip
 OFFLINE = {"HF_HUB_OFFLINE": "1"}  # a name may be one of the hub's; asking for it is no attack
 SCRATCH = Path(tempfile.gettempdir())
-TEXT_KEYS = [
-    "model.id",
-    "model.config",
-    "data.source",
-    "data.evaluation",
-    "data.text",
-    "data.split",
-]
+TEXT_KEYS = {
+    "model.id": CODE_LIKE,
+    "model.config": CODE_LIKE,
+    "data.text": CODE_LIKE,
+    "data.split": CODE_LIKE[::3],
+    "data.source": CODE_LIKE[1::3],
+    "data.evaluation": CODE_LIKE[2::3],
+}
 
 
 @pytest.mark.slow
@@ -321,11 +321,11 @@ def test_G5_no_code(server: Any, tiny_folder: Any, tmp_path: Any, figure: Any) -
     """Whatever a text value looks like, it is a name of something that is not there."""
     base = ["plan", "--recipe", str(tiny_folder / "recipe.yaml")]
     tried = 0
-    for key in TEXT_KEYS:
-        for text in CODE_LIKE:
+    for key, texts in TEXT_KEYS.items():
+        for text in texts:
             model = [] if key == "model.id" else [str(tiny_folder / "untied")]
             word = f"{key}={json.dumps(text)}"
-            done, seen = watching.run(server, [*base, *model, "--set", word], tmp_path, env=OFFLINE)
+            done, seen = witness.run(server, [*base, *model, "--set", word], tmp_path, env=OFFLINE)
             tried += 1
             # a config is not looked at where the folder has one; a column is one that is not there
             assert done.code in (0, 2, 4), (word, done.stderr)
@@ -369,3 +369,17 @@ def test_G5_the_environment_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None
 def test_every_shipped_recipe_is_accepted() -> None:
     for name in shipped_names():
         read_recipe([recipe_layer(name)])
+
+
+@pytest.mark.slow
+def test_G2_a_pattern_and_a_target_that_contradict_it_are_told(
+    server: Any, tiny_folder: Any, tmp_path: Any
+) -> None:
+    both = tmp_path / "both.yaml"
+    both.write_text("sparsity: {pattern: '2:4', target: 0.9}\n")
+    model = str(tiny_folder / "untied")
+    for more in (["--recipe", str(both)], ["--pattern", "2:4", "--target", "0.9"]):
+        assert_clean_error(server.run(["plan", model, *more]), 2, "E209.*fixes the sparsity at 0.5")
+    done = server.run(["plan", model, "--pattern", "2:4", "--json"])
+    found = json.loads(done.stdout)
+    assert found["zeros"] * 2 == found["prunable"]

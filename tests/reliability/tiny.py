@@ -1,4 +1,4 @@
-"""The tiny job: a Llama of 2 layers, 12 sequences of synthetic tokens, a recipe of 4 steps.
+"""The tiny job: a Llama of 2 layers, 12 sequences of synthetic tokens, a recipe of 3 steps.
 
 It has all that a resume can get wrong: dropout, shuffling, accumulation, warm-up and cosine, HAM
 with AdamW's state, a mask that grows, a teacher, and an epoch that ends within a step.
@@ -11,7 +11,7 @@ from typing import Any
 
 HIDDEN, LAYERS, VOCABULARY = 32, 2, 64
 SEQUENCES, LENGTH = 12, 10
-STEPS, EVERY = 4, 1  # three checkpoints: the third makes the first go
+STEPS, EVERY = 3, 1  # three checkpoints: the third makes the first go
 
 CONFIG: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
