@@ -210,7 +210,7 @@ def _block_masks(
         ]
     already = _counts_dropped(keeps) if keeps is not None else [0] * len(sums)
     due = max(round(Fraction(num_zeros, size)), sum(already))
-    scores = Scores(sums, lambda one: one, keeps)
+    scores = Scores(sums, magnitude, keeps)  # sums of no negative number are their own
     share = Fraction(due, max(rules.num_zeros // size, due, 1))
     chosen = _chosen(targets, rules, [one.shape for one in sums], due, scores, already, share)
     return blocks.spread_all(chosen, targets.items, block)
