@@ -2,8 +2,9 @@
 //
 // The key of a score is an integer whose order is the order of the scores: its bits, with those
 // below the sign turned over for negative ones. Where a mask drops the score, its key is one that
-// the caller gives. Keys are never stored: each pass streams over the scores once. Counts are 64-bit
-// sums, and so add up over tensors, shards and processes.
+// the caller gives; where it spares the score, the greatest. Keys are never stored: each pass
+// streams over the scores once. Counts are 64-bit sums, and so add up over tensors, shards and
+// processes.
 
 #include <ATen/Parallel.h>
 #include <ATen/core/List.h>
@@ -42,6 +43,9 @@ inline key_t key_of(key_t bits) {
   return bits == sign ? key_t{0} : turned;  // -0.0 equals 0.0
 }
 
+// What masks say of each score: nothing; kept or not; dropped, kept or spared, as 0, 1, 2.
+enum class Limits { none, mask, places };
+
 // Some scores of one tensor.
 struct Part {
   int64_t tensor;
@@ -56,11 +60,14 @@ struct Part {
 // What comes from Python: the caller has seen to shapes, to dtypes and to flat memory.
 struct Scores {
   at::TensorList values;
-  const OptionalTensors& masks;  // bool, True where kept; all or none are there
+  const OptionalTensors& masks;  // as `Limits`; all or none are there
   int64_t dropped;  // key where a mask drops
 
-  bool is_masked() const {
-    return values.size() != 0 && masks.get(0).has_value();
+  Limits limits() const {
+    if (values.size() == 0 || !masks.get(0)) {
+      return Limits::none;
+    }
+    return masks.get(0)->scalar_type() == at::kBool ? Limits::mask : Limits::places;
   }
 };
 
@@ -71,10 +78,12 @@ std::vector<Part> cut(const Scores& scores) {
     TORCH_CHECK(values.is_contiguous() && values.scalar_type() == scores.values[0].scalar_type(),
                 "scores are not flat in memory, or of several dtypes");
     const std::optional<Tensor> mask = scores.masks.get(i);
-    TORCH_CHECK(mask.has_value() == scores.is_masked(), "some scores have masks, others have none");
-    TORCH_CHECK(!mask || (mask->is_contiguous() && mask->scalar_type() == at::kBool &&
+    TORCH_CHECK(mask.has_value() == (scores.limits() != Limits::none),
+                "some scores have masks, others have none");
+    const auto kind = scores.limits() == Limits::places ? at::kByte : at::kBool;
+    TORCH_CHECK(!mask || (mask->is_contiguous() && mask->scalar_type() == kind &&
                           mask->numel() == values.numel()),
-                "a mask is not flat in memory, not bool, or of another size");
+                "a mask is not flat in memory, not of the dtype of the first, or of another size");
     for (int64_t begin = 0; begin < values.numel(); begin += PART) {
       parts.push_back({static_cast<int64_t>(i), begin, std::min(begin + PART, values.numel())});
     }
@@ -83,43 +92,49 @@ std::vector<Part> cut(const Scores& scores) {
 }
 
 // The keys of a part, made when asked for.
-template <typename key_t, bool magnitude, bool masked>
+template <typename key_t, bool magnitude, Limits limits>
 struct Keys {
   const key_t* bits;
-  const bool* kept;
+  const uint8_t* kept;
   key_t dropped;
 
   Keys(const Scores& scores, const Part& part)
       : bits(static_cast<const key_t*>(scores.values[part.tensor].const_data_ptr()) + part.begin),
         kept(nullptr),
         dropped(static_cast<key_t>(scores.dropped)) {
-    if (masked) {
-      kept = scores.masks.get(part.tensor)->template const_data_ptr<bool>() + part.begin;
+    if (limits != Limits::none) {
+      const void* start = scores.masks.get(part.tensor)->const_data_ptr();
+      kept = static_cast<const uint8_t*>(start) + part.begin;
     }
   }
 
   C10_ALWAYS_INLINE key_t operator[](int64_t i) const {
     const key_t key = key_of<key_t, magnitude>(bits[i]);
-    if (!masked) {
+    if (limits == Limits::none) {
       return key;
     }
     // all bits or none: a choice would be a branch, taken at random
-    const auto keeps = static_cast<key_t>(-static_cast<key_t>(kept[i]));
-    return static_cast<key_t>((key & keeps) | (dropped & ~keeps));
+    const auto keeps = static_cast<key_t>(-static_cast<key_t>(kept[i] & 1));
+    key_t other = dropped;
+    if (limits == Limits::places) {
+      const auto spares = static_cast<key_t>(-static_cast<key_t>(kept[i] >> 1));
+      other = (std::numeric_limits<key_t>::max() & spares) | (dropped & ~spares);
+    }
+    return static_cast<key_t>((key & keeps) | (other & ~keeps));
   }
 };
 
-template <typename key_t, bool magnitude, bool masked>
+template <typename key_t, bool magnitude, Limits limits>
 void count_first(
-    const Keys<key_t, magnitude, masked>& keys, int64_t numel, int shift, int64_t* found) {
+    const Keys<key_t, magnitude, limits>& keys, int64_t numel, int shift, int64_t* found) {
   for (int64_t i = 0; i < numel; ++i) {
     ++found[(i % TABLES) * DIGITS + (keys[i] >> shift) + DIGITS / 2];
   }
 }
 
-template <typename key_t, bool magnitude, bool masked>
+template <typename key_t, bool magnitude, Limits limits>
 void count_inside(
-    const Keys<key_t, magnitude, masked>& keys,
+    const Keys<key_t, magnitude, limits>& keys,
     int64_t numel,
     int shift,
     key_t prefix,
@@ -142,7 +157,7 @@ void count_inside(
   }
 }
 
-template <typename key_t, bool magnitude, bool masked>
+template <typename key_t, bool magnitude, Limits limits>
 void count_into(
     const Scores& scores, int shift, std::optional<int64_t> begins, int64_t* counts) {
   const auto parts = cut(scores);
@@ -152,7 +167,7 @@ void count_into(
   at::parallel_for(0, num_parts, grain, [&](int64_t first, int64_t last) {
     std::vector<int64_t> found(TABLES * DIGITS);
     for (int64_t at = first; at < last; ++at) {
-      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
+      const Keys<key_t, magnitude, limits> keys(scores, parts[at]);
       if (begins) {
         count_inside(keys, parts[at].numel(), shift, static_cast<key_t>(*begins), found.data());
       } else {
@@ -166,13 +181,13 @@ void count_into(
   });
 }
 
-template <typename key_t, bool magnitude, bool masked>
+template <typename key_t, bool magnitude, Limits limits>
 void count_against(const Scores& scores, key_t limit, int64_t* counts) {
   const auto parts = cut(scores);
   std::mutex adding;
   at::parallel_for(0, static_cast<int64_t>(parts.size()), 1, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
+      const Keys<key_t, magnitude, limits> keys(scores, parts[at]);
       int32_t below = 0, equal = 0;  // of at most PART scores
       for (int64_t i = 0; i < parts[at].numel(); ++i) {
         const key_t key = keys[i];
@@ -188,7 +203,7 @@ void count_against(const Scores& scores, key_t limit, int64_t* counts) {
 
 // Keeps what is above the limit, and of what is at it all but the first `ties`; gives the ties
 // that are left over.
-template <typename key_t, bool magnitude, bool masked>
+template <typename key_t, bool magnitude, Limits limits>
 int64_t write_masks(const Scores& scores, key_t limit, int64_t ties, at::TensorList made) {
   const auto parts = cut(scores);
   const auto num_parts = static_cast<int64_t>(parts.size());
@@ -198,7 +213,7 @@ int64_t write_masks(const Scores& scores, key_t limit, int64_t ties, at::TensorL
   };
   at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
+      const Keys<key_t, magnitude, limits> keys(scores, parts[at]);
       bool* mask = out(parts[at]);
       int32_t equal = 0;
       for (int64_t i = 0; i < parts[at].numel(); ++i) {
@@ -216,7 +231,7 @@ int64_t write_masks(const Scores& scores, key_t limit, int64_t ties, at::TensorL
   }
   at::parallel_for(0, num_parts, 1, [&](int64_t first, int64_t last) {
     for (int64_t at = first; at < last; ++at) {
-      const Keys<key_t, magnitude, masked> keys(scores, parts[at]);
+      const Keys<key_t, magnitude, limits> keys(scores, parts[at]);
       bool* mask = out(parts[at]);
       int64_t left = drops[at];
       for (int64_t i = 0; left > 0; ++i) {
@@ -230,7 +245,7 @@ int64_t write_masks(const Scores& scores, key_t limit, int64_t ties, at::TensorL
   return ties;
 }
 
-// Calls f(an integer of the scores' size, std::bool_constant<magnitude>, the same <masked>).
+// Calls f(an integer of the scores' size, std::bool_constant<magnitude>, a constant of Limits).
 template <typename function_t>
 void as_integers(const Scores& scores, bool magnitude, const function_t& f) {
   if (scores.values.empty()) {
@@ -240,8 +255,14 @@ void as_integers(const Scores& scores, bool magnitude, const function_t& f) {
   TORCH_CHECK(dtype == at::kFloat || dtype == at::kBFloat16 || dtype == at::kHalf,
               "scores are fp32, bf16 or fp16");
   const auto with_masks = [&](auto key, auto is_magnitude) {
-    scores.is_masked() ? f(key, is_magnitude, std::true_type{})
-                       : f(key, is_magnitude, std::false_type{});
+    switch (scores.limits()) {
+      case Limits::none:
+        return f(key, is_magnitude, std::integral_constant<Limits, Limits::none>{});
+      case Limits::mask:
+        return f(key, is_magnitude, std::integral_constant<Limits, Limits::mask>{});
+      case Limits::places:
+        return f(key, is_magnitude, std::integral_constant<Limits, Limits::places>{});
+    }
   };
   if (dtype == at::kFloat) {
     magnitude ? with_masks(int32_t{}, std::true_type{}) : with_masks(int32_t{}, std::false_type{});
@@ -260,8 +281,8 @@ Tensor count_digits(
   const Scores scores{values, masks, dropped};
   Tensor counts = at::zeros({DIGITS}, at::kLong);
   int64_t* out = counts.mutable_data_ptr<int64_t>();
-  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto is_masked) {
-    count_into<decltype(key), decltype(is_magnitude)::value, decltype(is_masked)::value>(
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto limits) {
+    count_into<decltype(key), decltype(is_magnitude)::value, decltype(limits)::value>(
         scores, static_cast<int>(shift), begins, out);
   });
   return counts;
@@ -276,9 +297,9 @@ Tensor count_scores(
   const Scores scores{values, masks, dropped};
   Tensor counts = at::zeros({static_cast<int64_t>(values.size()), 2}, at::kLong);
   int64_t* out = counts.mutable_data_ptr<int64_t>();
-  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto is_masked) {
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto limits) {
     using key_t = decltype(key);
-    count_against<key_t, decltype(is_magnitude)::value, decltype(is_masked)::value>(
+    count_against<key_t, decltype(is_magnitude)::value, decltype(limits)::value>(
         scores, static_cast<key_t>(limit), out);
   });
   return counts;
@@ -298,12 +319,63 @@ int64_t keep_masks(
                     made[i].numel() == values[i].numel(),
                 "a mask to be made is not flat in memory, not bool, or of another size");
   }
-  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto is_masked) {
+  as_integers(scores, magnitude, [&](auto key, auto is_magnitude, auto limits) {
     using key_t = decltype(key);
-    ties = write_masks<key_t, decltype(is_magnitude)::value, decltype(is_masked)::value>(
+    ties = write_masks<key_t, decltype(is_magnitude)::value, decltype(limits)::value>(
         scores, static_cast<key_t>(limit), ties, made);
   });
   return ties;
+}
+
+// Keeps the n greatest of each m neighbours along an axis, whose stride is `inner`; of equal ones
+// the last. m is a constant where it is usual, so that the comparisons are laid out in a row.
+template <typename key_t, int64_t usual>
+void keep_of_groups(
+    const key_t* bits, bool* made, int64_t begin, int64_t end, int64_t n, int64_t size,
+    int64_t inner) {
+  const int64_t m = usual ? usual : size;
+  std::vector<key_t> room(usual ? 0 : m);
+  key_t few[usual ? usual : 1];
+  key_t* keys = usual ? few : room.data();
+  for (int64_t group = begin; group < end; ++group) {
+    const int64_t start = group / inner * m * inner + group % inner;
+    for (int64_t i = 0; i < m; ++i) {
+      keys[i] = key_of<key_t, false>(bits[start + i * inner]);
+    }
+    for (int64_t i = 0; i < m; ++i) {
+      int64_t greater = 0;
+      for (int64_t j = 0; j < m; ++j) {
+        greater += j <= i ? keys[j] > keys[i] : keys[j] >= keys[i];
+      }
+      made[start + i * inner] = greater < n;
+    }
+  }
+}
+
+template <typename key_t>
+void keep_all_groups(
+    const Tensor& scores, int64_t n, int64_t m, int64_t inner, const Tensor& made) {
+  const auto* bits = static_cast<const key_t*>(scores.const_data_ptr());
+  bool* out = made.mutable_data_ptr<bool>();
+  at::parallel_for(0, scores.numel() / m, PART / m + 1, [&](int64_t begin, int64_t end) {
+    const auto keep = m == 4 ? keep_of_groups<key_t, 4>
+        : m == 8             ? keep_of_groups<key_t, 8>
+                             : keep_of_groups<key_t, 0>;
+    keep(bits, out, begin, end, n, m, inner);
+  });
+}
+
+void keep_n_of_m(const Tensor& scores, int64_t n, int64_t m, int64_t inner, const Tensor& made) {
+  TORCH_CHECK(scores.is_contiguous() && made.is_contiguous() && made.scalar_type() == at::kBool &&
+                  made.numel() == scores.numel() && scores.numel() % (m * inner) == 0,
+              "scores and their mask are not flat in memory, or not in groups");
+  if (scores.scalar_type() == at::kFloat) {
+    keep_all_groups<int32_t>(scores, n, m, inner, made);
+  } else {
+    TORCH_CHECK(scores.scalar_type() == at::kBFloat16 || scores.scalar_type() == at::kHalf,
+                "scores are fp32, bf16 or fp16");
+    keep_all_groups<int16_t>(scores, n, m, inner, made);
+  }
 }
 
 }  // namespace
@@ -318,10 +390,12 @@ TORCH_LIBRARY_FRAGMENT(ham_native, library) {
   library.def(
       "keep_masks(Tensor[] scores, Tensor?[] masks, int dropped, int limit, int ties, "
       "bool magnitude, Tensor(a!)[] made) -> int");
+  library.def("keep_n_of_m(Tensor scores, int n, int m, int inner, Tensor(a!) made) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(ham_native, CPU, library) {
   library.impl("count_digits", count_digits);
   library.impl("count_scores", count_scores);
   library.impl("keep_masks", keep_masks);
+  library.impl("keep_n_of_m", keep_n_of_m);
 }

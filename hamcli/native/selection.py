@@ -6,6 +6,7 @@ scores need one pass. Nothing is sorted or copied; all counts are int64 and add 
 shards and processes.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,7 @@ CHUNK = 1 << 18  # scores of which numpy makes keys at a time
 
 Counts = npt.NDArray[np.int64]
 
+LIMITS = (torch.bool, torch.uint8)
 KEYS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 
 
@@ -50,9 +52,41 @@ def takes(scores: Sequence[Tensor], masks: Sequence[Tensor] | None = None) -> bo
         and one.is_contiguous()
         for one in scores
     ) and all(
-        one.device.type == "cpu" and one.dtype == torch.bool and one.is_contiguous()
+        one.device.type == "cpu" and one.dtype in LIMITS and one.is_contiguous()
         for one in masks or ()
     )
+
+
+def limits(mask: Tensor | None, spared: Tensor) -> Tensor:
+    """A mask that also spares: 0 where dropped, 1 where kept, 2 where spared; uint8.
+
+    Args:
+        mask: Bool, False where dropped; None where nothing is.
+        spared: Bool, True where the score counts as greater than all.
+    """
+    places = spared.view(torch.uint8) + 1
+    return places if mask is None else places.mul_(mask.view(torch.uint8))
+
+
+def keep_n_of_m(scores: Tensor, n: int, m: int, axis: int) -> Tensor | None:
+    """Mask of the `n` greatest of each `m` neighbours along an axis; of equal ones the last stay.
+
+    Args:
+        scores: Taken by `takes`; its size along `axis` is a multiple of `m`.
+        n: Kept in each group.
+        m: Size of a group.
+        axis: Where the neighbours lie, from 0.
+
+    Returns:
+        Bool; None without the extension.
+    """
+    extension = operators_if_built()
+    if extension is None:
+        return None
+    made = torch.empty(scores.shape, dtype=torch.bool, device="cpu")
+    inner = math.prod(scores.shape[axis + 1 :])
+    extension.keep_n_of_m(scores, n, m, inner, made)
+    return made
 
 
 def count_digits(
@@ -71,7 +105,8 @@ def count_digits(
         begins: None for the first digit, which is signed: entry 32768 counts its zeros. Else what
             a key must begin with, `key >> (shift + 16)`, to be counted by its digit at `shift`.
         magnitude: Whether |score| is meant.
-        masks: Bool, of the same shapes; where one is False the score is -1.
+        masks: Of the same shapes: all bool, and where one is False the score is -1; or all as
+            `limits` makes them, and where one is 2 the score is greater than all.
     """
     extension = operators_if_built()
     if extension is not None and scores:
@@ -212,5 +247,8 @@ def _keys(scores: Tensor, magnitude: bool, mask: Tensor | None) -> Iterator[npt.
             keys = np.where(bits == -most - 1, 0, bits ^ ((bits >> most.bit_length()) & most))
         if kept is not None:
             dropped = np.asarray(_dropped_key(scores.dtype), dtype=keys.dtype)
-            keys = np.where(kept[start : start + CHUNK], keys, dropped)
+            place = kept[start : start + CHUNK]
+            if place.dtype != np.bool_:
+                keys = np.where(place == 2, np.asarray(most, dtype=keys.dtype), keys)
+            keys = np.where(place != 0, keys, dropped)
         yield keys

@@ -102,7 +102,8 @@ def _block_masks(
     across = targets.across
     already = _counts_dropped(keeps, across) if keeps is not None else [0] * len(sums)
     due = max(round(Fraction(num_zeros, size)), sum(already))
-    scores = Scores(sums, lambda one: one, keeps, across=across)
+    # sums of no negative number are their own magnitude
+    scores = Scores(sums, magnitude, keeps, across=across)
     share = Fraction(due, max(rules.num_zeros // size, due, 1))
     shapes = [blocks.shape_of(target, block) for target in targets]
     chosen = _chosen(targets, rules, shapes, due, scores, already, share)

@@ -164,6 +164,10 @@ def n_m_mask(score: Tensor, n: int, m: int, input_dim: int) -> Tensor:
         m: Size of a group.
         input_dim: The axis that the layer sums over.
     """
+    if selection.takes([score]):
+        made = selection.keep_n_of_m(score.detach(), n, m, input_dim)
+        if made is not None:
+            return made
     moved = score.detach().movedim(input_dim, -1)
     groups = moved.reshape(-1, m)
     mask = torch.ones_like(groups, dtype=torch.bool)
@@ -250,9 +254,13 @@ def _streams(scores: Sequence[Tensor], dtype: torch.dtype | None = None) -> _Str
     masks = None
     is_magnitude = isinstance(scores, Scores)
     if isinstance(scores, Scores):
-        if scores.score is not magnitude or scores.candidates is not None:
+        if scores.score is not magnitude:
             return None
         values, masks = scores.params, scores.masks
+        if scores.candidates is not None and selection.takes(values, scores.candidates):
+            masks = _limits(scores)
+        elif scores.candidates is not None:
+            return None
     elif not isinstance(scores, list | tuple):
         return None  # made when asked for
     if not values or not selection.takes(values, masks) or dtype not in (None, values[0].dtype):
@@ -275,6 +283,14 @@ def _count_all_top_digits(scores: Sequence[Tensor]) -> tuple[torch.dtype, Counts
         every = (chunk for index in range(len(scores)) for chunk in _chunks(scores, index))
         counts = sum((_count_top_digit(chunk, common) for chunk in every), NO_COUNTS)
     return common, across.add(counts)
+
+
+def _limits(scores: Scores) -> list[Tensor]:
+    """Masks and candidates in one."""
+    spared = scores.candidates
+    assert spared is not None
+    masks = [None] * len(spared) if scores.masks is None else scores.masks
+    return [selection.limits(mask, one) for mask, one in zip(masks, spared, strict=True)]
 
 
 def _count_top_digits(scores: Sequence[Tensor]) -> tuple[torch.dtype, Counts]:

@@ -7,6 +7,7 @@ import torch
 from hamcli import native
 from hamcli.native import selection
 from tests.optim.numbers import normal
+from tests.oracles import selection as oracle
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -88,3 +89,53 @@ def test_counts_against_a_key(form, dtype):
     ((below, at),) = selection.count_scores([scores], zero, magnitude=True)
     assert (below, at) == (0, (scores == 0).sum())
     assert selection.count_scores([scores, scores[:7], scores[:0]], zero)[1:] == [(0, 49), (0, 0)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_mask", [False, True])
+def test_what_is_spared_is_above_all_and_what_is_dropped_below(form, dtype, has_mask):
+    weights = tensors(dtype)
+    spared = [normal(*w.shape, seed=10 + i) > 0 for i, w in enumerate(weights)]
+    masks = [
+        normal(*w.shape, seed=20 + i) > -1 if has_mask else None for i, w in enumerate(weights)
+    ]
+    places = [selection.limits(*pair) for pair in zip(masks, spared, strict=True)]
+    scores = [
+        w.abs().float().where(~s, torch.inf).where(torch.tensor(True) if m is None else m, -1.0)
+        for w, s, m in zip(weights, spared, masks, strict=True)
+    ]
+    # the infinity among the weights counts as a number here: with the spared ones it would tie
+    weights[1][:2] = scores[1][:2] = 3.0
+    scores[1][:2] = scores[1][:2].where(~spared[1][:2], torch.inf)
+    if has_mask:
+        scores[1][:2] = scores[1][:2].where(masks[1][:2], -1.0)
+    order = torch.cat([one.flatten() for one in scores]).sort(stable=True).values
+    bits = {torch.float32: torch.int32}.get(dtype, torch.int16)
+    key = int(torch.tensor([0.5], dtype=dtype).view(bits))
+    flat = [one.contiguous() for one in weights]
+    found = selection.count_scores(flat, key, magnitude=True, masks=places)
+    assert [list(one) for one in found] == [
+        [int((one < 0.5).sum()), int((one == 0.5).sum())] for one in scores
+    ]
+    made, left = selection.keep_masks(flat, key, 3, magnitude=True, masks=places)
+    assert left == 0
+    assert sum(int((~mask).sum()) for mask in made) == int((order < 0.5).sum()) + 3
+    for mask, one in zip(made, scores, strict=True):
+        assert not mask[one < 0.5].any()
+        assert mask[one > 0.5].all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (1, 4), (3, 8), (2, 3), (5, 12)])
+@pytest.mark.parametrize("axis", [0, 1, 2])
+def test_groups_of_neighbours_keep_the_greatest_along_any_axis(dtype, n, m, axis):
+    if not native.status().is_available:
+        pytest.skip(native.status().reason)
+    shape = [6, 10, 14]
+    shape[axis] = 3 * m
+    # few values, and so ties; zeros of both signs; signs, since scores need not be magnitudes
+    score = (normal(*shape, seed=1) * 2).round().to(dtype)
+    assert (score == 0).any()
+    assert torch.equal(
+        selection.keep_n_of_m(score, n, m, axis), oracle.n_m_mask(score.float(), n, m, axis)
+    )
