@@ -1,10 +1,10 @@
 """Pruning a large checkpoint file by file: CPU time beside that of `cp`, memory, and inspection.
 
-    python benchmarks/stream.py [--gigabytes 8] [--folder DIR] [--json FILE]
+    python benchmarks/stream.py [--gigabytes 8] [--rounds 3] [--folder DIR] [--json FILE]
 
 Makes a synthetic checkpoint of a llama in bf16 and eight shards, copies it with `cp -r`, prunes it
-globally at 90 % and in 2:4, and inspects its headers. Each is a process of its own; CPU time is user
-and system together, memory the greatest resident set. The folder needs three times the size.
+globally at 90 % and in 2:4, and inspects its headers. Each is a process of its own; CPU time is
+user and system together, memory the greatest resident set. The folder needs twice the size.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 import os
 import platform
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,6 +26,7 @@ POOL = 1 << 24
 
 
 def layer_shapes(index):
+    """Name → shape of one layer."""
     head = f"model.layers.{index}"
     return {
         f"{head}.input_layernorm.weight": (HIDDEN,),
@@ -40,6 +42,7 @@ def layer_shapes(index):
 
 
 def size(shape):
+    """Elements."""
     count = 1
     for one in shape:
         count *= one
@@ -47,6 +50,7 @@ def size(shape):
 
 
 def all_shapes(gigabytes):
+    """Number of layers, and name → shape of all tensors."""
     layer = sum(map(size, layer_shapes(0).values()))
     layers = max(1, round((gigabytes * 1e9 / 2 - 2 * WORDS * HIDDEN) / layer))
     shapes = {"model.embed_tokens.weight": (WORDS, HIDDEN)}
@@ -118,7 +122,8 @@ def measured(command):
     }, text
 
 
-def run(source, work):
+def one_round(source, work):
+    """Every row of the table, once."""
     ham = [sys.executable, "-m", "hamcli"]
     rows = {}
     rows["cp"], _ = measured(["cp", "-r", source, work / "copy"])
@@ -130,18 +135,34 @@ def run(source, work):
         out = work / "pruned"
         rows[name], text = measured([*ham, "prune", source, *words, "--out", out, "--json", "-q"])
         found = json.loads(text)["sparsity"]
-        rows[name] |= {key: found[key] for key in ("zeros", "total", "target")}
         assert found["zeros"] == round(found["target"] * found["total"])
-        rows[name]["cpu_over_cp"] = round(rows[name]["cpu_seconds"] / rows["cp"]["cpu_seconds"], 2)
         shutil.rmtree(out)
     rows["inspect"], text = measured([*ham, "inspect", source, "--json"])
     rows["inspect"]["tensors"] = len(json.loads(text)["tensors"])
     return rows
 
 
+def summary(rounds):
+    """Of each row the median of every number, and the ratio to `cp` of the same round."""
+    rows = {}
+    for name in rounds[0]:
+        rows[name] = {
+            key: statistics.median(one[name][key] for one in rounds) for key in rounds[0][name]
+        }
+        if name.startswith("prune"):
+            ratios = [one[name]["cpu_seconds"] / one["cp"]["cpu_seconds"] for one in rounds]
+            rows[name]["cpu_over_cp"] = round(statistics.median(ratios), 2)
+            rows[name]["cpu_over_cp_spread"] = [round(min(ratios), 2), round(max(ratios), 2)]
+            least = [min(one[of]["cpu_seconds"] for one in rounds) for of in (name, "cp")]
+            rows[name]["least_over_least"] = round(least[0] / least[1], 2)
+    return rows
+
+
 def main():
+    """Make, measure, print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--gigabytes", type=float, default=1.0)
+    parser.add_argument("--rounds", type=int, default=1, help="of all, in turn")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     parser.add_argument("--json", type=Path, help="file of the record")
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
@@ -157,10 +178,14 @@ def main():
         subprocess.run(list(map(str, making)), check=True)
         num_bytes = sum(path.stat().st_size for path in source.glob("*.safetensors"))
         subprocess.run([sys.executable, "-m", "hamcli", "--version"], check=True)
-        rows = run(source, work)
+        load = os.getloadavg()[0]
+        rounds = [one_round(source, work) for _ in range(words.rounds)]
+    rows = summary(rounds)
     print(f"{num_bytes / 1e9:.2f} GB, {SHARDS} shards, bf16, {rows['inspect']['tensors']} tensors")
     for name, row in rows.items():
-        ratio = f"{row['cpu_over_cp']:.2f} x cp" if "cpu_over_cp" in row else ""
+        ratio = ""
+        if "cpu_over_cp" in row:
+            ratio = f"{row['cpu_over_cp']:.2f} x cp, {row['least_over_least']:.2f} of least times"
         print(
             f"{name:10} {row['cpu_seconds']:8.2f} s CPU {row['wall_seconds']:8.2f} s wall "
             f"{row['peak_mib']:7.1f} MiB  {ratio}"
@@ -171,6 +196,8 @@ def main():
             "python": platform.python_version(),
             "machine": platform.machine(),
             "cpus": os.cpu_count(),
+            "load": round(load, 1),
+            "rounds": words.rounds,
             "bytes": num_bytes,
             "shards": SHARDS,
             "dtype": "BF16",

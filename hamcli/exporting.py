@@ -1,6 +1,7 @@
 """`ham export`: a model folder or a safetensors file, dense <-> packed, bit for bit; no torch.
 
-Tensors stream through in blocks; a result appears whole or not at all.
+Blocks stream through, so that memory is that of a block, whatever the model; a result appears whole
+or not at all.
 """
 
 import os
@@ -24,7 +25,8 @@ from hamcli.checkpoint.source import find_weights
 from hamcli.errors import InputRefused, UsageError
 from hamcli.progress import Progress
 from hamcli.report.moving import restate
-from hamcli.runstate import RunState, disk_errors
+from hamcli.runstate import RunState, check_space, disk_errors
+from hamcli.signals import raise_on_signals
 
 NATIVE_FROM = 256 * 2**20
 """Dense bytes from which loading torch for its extension saves more time than it takes."""
@@ -68,6 +70,8 @@ def export(path: Path, form: str, *, out: Path, overwrite: bool, progress: Progr
         InputRefused: There is no model, it is damaged, or it has this form already.
         UsageError: `out` may not be used.
         ResourceError: The disk.
+        Interrupted: Ctrl-C; nothing is kept.
+        Preempted: Another signal; nothing is kept.
     """
     if not path.exists():
         raise InputRefused(
@@ -79,6 +83,8 @@ def export(path: Path, form: str, *, out: Path, overwrite: bool, progress: Progr
     total = sum(map(dense_bytes, headers))
     if total >= NATIVE_FROM:
         native.prepare(progress.stage)
+    if form == "dense":
+        check_space(out.absolute(), total)
     progress.begin_bytes("packing" if form == "packed" else "unpacking", total)
     try:
         if path.is_dir():
@@ -107,7 +113,11 @@ def _export_folder(
     overwrite: bool,
     progress: Progress,
 ) -> dict[str, int]:
-    with RunState(out, inputs=[folder], overwrite=overwrite) as run:
+    with (
+        raise_on_signals() as guard,
+        RunState(out, inputs=[folder], overwrite=overwrite) as run,
+    ):
+        guard.arm()
         stage = run.stage()
         with disk_errors("cannot write the checkpoint", stage):
             _convert(folder, stage, form, weights, progress.bytes_done)
@@ -116,6 +126,7 @@ def _export_folder(
         names = files_of(stage)
         for left in _left_out(folder, names):
             progress.note(f"not copied: {left}")
+        guard.hold()
         for text in run.publish(stage):
             progress.warn(text)
         run.finish()
@@ -170,9 +181,11 @@ def _export_file(
     if out.exists() and not overwrite:
         raise UsageError("E112", "the output file exists", out, right="another, or --overwrite")
     stage = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    with disk_errors("cannot write the checkpoint", out):
+    with raise_on_signals() as guard, disk_errors("cannot write the checkpoint", out):
         try:
+            guard.arm()
             size = (pack_file if form == "packed" else restore_file)(source, stage, advance)
+            guard.hold()
             os.replace(stage, out)
         finally:
             stage.unlink(missing_ok=True)

@@ -1,5 +1,6 @@
 """What a run found and wrote, turned into records: counts, sizes, quality, machine, gate."""
 
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,7 @@ from hamcli.report.records import (
     TensorRecord,
 )
 from hamcli.runstate import installed_versions
+from hamcli.sparsity.targets import Targets
 from hamcli.speed import Found, speed_of
 
 BINS = 80
@@ -82,12 +84,37 @@ def file_records(folder: Path, files: Sequence[tuple[str, int, str]]) -> tuple[F
     return tuple(FileRecord(path, size, digest) for path, size, digest in files)
 
 
-def histogram(before: Sequence[Tensor], after: Sequence[Tensor]) -> Histogram:
-    """Weights near zero, within one root mean square of the dense ones, before and after."""
-    total = sum(one.numel() for one in before)
-    stride = max(1, total // HISTOGRAM_LIMIT)
-    first = torch.cat([one.detach().flatten()[::stride].float().cpu() for one in before])
-    second = torch.cat([one.detach().flatten()[::stride].float().cpu() for one in after])
+def sampled(tensors: Sequence[Tensor], stride: int, targets: Targets) -> list[Tensor]:
+    """Every `stride`-th weight of each, fp32 on the CPU; of parts, those that the whole would give.
+
+    Args:
+        tensors: Shaped as the targets' weights.
+        stride: At least 1.
+        targets: Say where parts begin.
+    """
+    made = []
+    for one, target in zip(tensors, targets, strict=True):
+        begin = 0
+        if target.part is not None:
+            begin = -target.part.begin * math.prod(target.part.shape[1:]) % stride
+        made.append(one.detach().flatten()[begin::stride].float().cpu())
+    return made
+
+
+def sampling_stride(total: int) -> int:
+    """Which weights the histogram of `total` weights counts: every so manieth."""
+    return max(1, total // HISTOGRAM_LIMIT)
+
+
+def histogram(before: Sequence[Tensor], after: Sequence[Tensor], stride: int) -> Histogram:
+    """Weights near zero, within one root mean square of the dense ones, before and after.
+
+    Args:
+        before: The dense weights, `sampled`.
+        after: The sparse ones.
+        stride: Of the samples.
+    """
+    first, second = torch.cat(list(before)), torch.cat(list(after))
     scale = float(first.square().mean().sqrt()) or 1.0
     edges = torch.linspace(-1, 1, BINS + 1)
     return Histogram(
@@ -100,6 +127,13 @@ def histogram(before: Sequence[Tensor], after: Sequence[Tensor]) -> Histogram:
         unit="weight / RMS of the dense targets"
         + (f", every {stride}th weight" if stride > 1 else ""),
     )
+
+
+def histogram_of(before: Sequence[Tensor], targets: Targets) -> Histogram:
+    """The histogram of targets that are whole, `before` and now."""
+    stride = sampling_stride(targets.total)
+    samples = [sampled(one, stride, targets) for one in (before, targets.params)]
+    return histogram(samples[0], samples[1], stride)
 
 
 def _bins(values: Tensor) -> tuple[int, ...]:
@@ -167,7 +201,7 @@ def model_record(opened: Opened) -> ModelRecord:
         revision=source.revision,
         sha256=dict(source.files),
         task=opened.loaded.task,
-        architecture=type(opened.loaded.model).__name__,
+        architecture=opened.loaded.class_name,
         is_hub=source.revision is not None,
     )
 

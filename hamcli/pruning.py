@@ -89,7 +89,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             ),
             command="prune",
             data=outcome.data_record(opened),
-            histogram=outcome.histogram(before, targets.params),
+            histogram=outcome.histogram_of(before, targets),
             warnings=opened.data.notes,
         )
         finish_folder(report, written.stage, run, progress)

@@ -2,8 +2,8 @@
 
 import signal
 import time
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +13,36 @@ from torch import Tensor, nn
 
 from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
+from hamcli.checkpoint.dense import stored_tensors
 from hamcli.data import batch, evaluation_batches
 from hamcli.errors import HamError, Interrupted, Preempted, RecipeError, ResourceError
 from hamcli.evaluation import Quality, measure
-from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
+from hamcli.finishing import (
+    Written,
+    finish_folder,
+    finish_levels,
+    reload,
+    write_folder,
+    written_tensors,
+)
 from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM, forms
+from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.shards import Shards, fill_, gathered, local, shard_, shard_teacher, whole
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
-from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
+from hamcli.report.records import (
+    NO_SPEED,
+    Curves,
+    HamRecord,
+    Histogram,
+    QualityRecord,
+    Report,
+    TrainingRecord,
+)
 from hamcli.runstate import Checkpoint, RunState
+from hamcli.runstate.tensors import writing_order
 from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
 from hamcli.sizes import size_record
@@ -33,6 +52,8 @@ from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.methods import Sparsifier
 from hamcli.sparsity.score import Score
+from hamcli.sparsity.targets import select_targets
+from hamcli.speed import Found
 from hamcli.training import (
     Engine,
     Hooks,
@@ -58,6 +79,15 @@ RUN_PARTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _WeightsTold:
+    """What a report says of the weights themselves."""
+
+    threshold: float | None
+    histogram: Histogram
+    sign_flips: float
+
+
 class Sparsification:
     """One run of `sparsify`, from opened model to written folder, in each of its processes.
 
@@ -79,8 +109,11 @@ class Sparsification:
         self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
         self.warnings, self.command = warnings, command
         self.model = opened.loaded.model
+        self.shards: Shards | None = None
         training = self.recipe.training
         refuse_uneven_batch(training.batch_size, world.size)
+        if world.is_sharded:
+            refuse_unsharded(self.recipe)
         self.accelerator = make_accelerator(training.device, training.precision, world.size)
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
@@ -93,9 +126,8 @@ class Sparsification:
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
-        self.model.to(self.device)
+        teacher = self._place()
         dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
-        teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
         self.progress.stage("measuring the dense model")
         self._warn_of_parts()
         dense = self._measure(self.model, teacher) if teacher is not None else None
@@ -106,6 +138,12 @@ class Sparsification:
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
+        if self.shards is not None:
+            course.finish()
+            return self._write_together(
+                self.shards, objective, optimizer, course.sparsifier, teacher, dense, one_shot,
+                dense_weights, seconds,
+            )  # fmt: skip
         if self.run is None:
             return None
         run, stage = self.run, self.run.stage()
@@ -129,6 +167,22 @@ class Sparsification:
             reports[name] = written(stage / name, target)
         return finish_levels(reports, stage, run, self.progress)
 
+    def _place(self) -> nn.Module | None:
+        """Put the model on its device, or cut it over the processes; the teacher beside it."""
+        has_teacher = not self.opened.loaded.new_head
+        if not self.world.is_sharded:
+            self.model.to(self.device)
+            return make_teacher(self.model) if has_teacher else None
+        teacher = shard_teacher(self.model, self.world, self.device) if has_teacher else None
+        shard_(self.model, self.world, self.device)
+        if teacher is not None:
+            fill_(teacher, self.model)
+        section = self.recipe.targets
+        cut = select_targets(self.model, section.include, section.exclude)
+        self.shards = Shards(self.model, self.world)
+        self.targets = self.shards.targets(cut)
+        return teacher
+
     def _prepare_step(self) -> None:
         """Build or compile the step before the clock of the first step runs, and say so."""
         if self.device.type != "cpu" or self.recipe.optimizer.ham.backend not in ("auto", "cpu"):
@@ -145,7 +199,7 @@ class Sparsification:
 
     def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality | None:
         """Quality on the held-out examples, in process 0; the others go on and wait later."""
-        if not self.world.is_main:
+        if not (self.world.is_main or self.world.is_sharded):
             return None
         return measure(
             model,
@@ -154,6 +208,7 @@ class Sparsification:
             has_labels=self.data.has_labels,
             teacher=teacher,
             device=self.device,
+            is_sharded=self.world.is_sharded,
         )
 
     def _warn_of_parts(self) -> None:
@@ -214,7 +269,7 @@ class Sparsification:
 
     def _optimizer(self, course: Course) -> HAM:
         section = self.recipe.optimizer
-        targeted = {id(param) for param in self.targets.params}
+        targeted = {id(param) for param in self.targets.trained}
         others = [param for param in self.model.parameters() if id(param) not in targeted]
         wide = [param for param in others if param.dim() >= 2]
         flat = [param for param in others if param.dim() < 2]
@@ -258,9 +313,16 @@ class Sparsification:
                 lr = float(optimizer.param_groups[0]["lr"])
                 balance_(pairs, section.bar * lr, optimizer.state)
             optimizer.set_masks(course.after_step(step))
+            if self.shards is not None:
+                self.shards.hide_gradients(self.targets)
             if (step + 1) % every == 0 or step == 0:
                 optimizer.measure_next_step()
             return course.sparsity
+
+        def after_backward(step: int) -> None:
+            if self.shards is not None:
+                self.shards.show_gradients(self.targets)
+            course.after_backward(step)
 
         hooks = Hooks(
             batch_at=lambda micro: batch(
@@ -280,7 +342,7 @@ class Sparsification:
             exponents=optimizer.exponent_statistics,
             after_step=after_step,
             before_step=course.before_step,
-            after_backward=course.after_backward,
+            after_backward=after_backward,
             sharpness=section.sam,
             zeros=self.targets.params,
             part_of=lambda whole: part_of(whole, self.world.rank, self.world.size),
@@ -291,7 +353,8 @@ class Sparsification:
             self.accelerator,
             self.model,
             optimizer,
-            has_idle=self.world.size > 1 and has_idle_parameters(self.model, hooks),
+            is_sharded=self.world.is_sharded,
+            has_idle=self.world.kind == "ddp" and has_idle_parameters(self.model, hooks),
         )
         if done == 0:
             self._begin(engine, hooks, optimizer, course)
@@ -338,7 +401,8 @@ class Sparsification:
         training = self.recipe.training
         if self.recipe.sparsity.score == "first-order":
             find_gradients(engine, hooks, accumulation=training.accumulation, seed=training.seed)
-            if not any(bool(one.grad.any()) for one in course.params if one.grad is not None):
+            found = any(bool(one.grad.any()) for one in self.targets.params if one.grad is not None)
+            if not self.world.greatest(found):
                 raise RecipeError(
                     "E228",
                     "no gradient to score by",
@@ -348,6 +412,8 @@ class Sparsification:
                 )
         optimizer.set_masks(course.after_step(0))
         optimizer.zero_grad()
+        if self.shards is not None:
+            self.shards.hide_gradients(self.targets)
 
     def _balanced_pairs(self, course: Course) -> list[tuple[Tensor, Tensor]]:
         if self.recipe.optimizer.bar == 0:
@@ -373,8 +439,18 @@ class Sparsification:
     def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
         """Save the run, in process 0; the others wait, so that none runs ahead of it."""
         self._refuse_drift(step)
+        tensors = self._state(optimizer, course)
         if self.run is not None:
-            self._write_state(self.run, step, optimizer, course, seconds)
+            values = {
+                "groups": optimizer.state_dict()["param_groups"],
+                "records": [asdict(record) for record in self.records],
+                "seconds": seconds,
+            }
+            self.run.save(step, tensors, values)
+        elif self.shards is not None:  # process 0 asks for whole tensors, one after the other
+            for stem in sorted(tensors):
+                for name in writing_order(tensors[stem]):
+                    whole(tensors[stem][name])
         self.world.barrier()
 
     def _refuse_drift(self, step: int) -> None:
@@ -383,7 +459,7 @@ class Sparsification:
         Raises:
             ResourceError: E546, they do not.
         """
-        if self.world.size == 1:
+        if self.world.kind != "ddp":
             return
         sums = self.world.gather([fingerprint(self.targets.params)])
         if len(np.unique(sums)) > 1:
@@ -395,29 +471,21 @@ class Sparsification:
                 "the same hardware and software in every process",
             )
 
-    def _write_state(
-        self, run: RunState, step: int, optimizer: HAM, course: Course, seconds: float
-    ) -> None:
-        state = optimizer.state_dict()
+    def _state(self, optimizer: HAM, course: Course) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the run by file and name; those that are cut, as DTensors."""
+        held = optimizer.state_dict()["state"]
         tensors = {
             f"{index}.{key}": value
-            for index, entries in state["state"].items()
+            for index, entries in held.items()
             for key, value in entries.items()
             if isinstance(value, Tensor)
         }
-        run.save(
-            step,
-            {
-                "model": _own_tensors(self.model),
-                "optimizer": tensors,
-                "sparsifier": course.state(),
-            },
-            {
-                "groups": state["param_groups"],
-                "records": [asdict(record) for record in self.records],
-                "seconds": seconds,
-            },
-        )
+        kept = course.state()
+        if self.shards is not None:
+            for target in self.targets:
+                if (key := f"mask.{target.name}") in kept and target.part is not None:
+                    kept[key] = self.shards.joined(kept[key], target.part.source)
+        return {"model": _own_tensors(self.model), "optimizer": tensors, "sparsifier": kept}
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
         found = None
@@ -436,24 +504,46 @@ class Sparsification:
     def _restore(self, found: Checkpoint | None, optimizer: HAM, course: Course) -> None:
         """Go on from a checkpoint, which process 0 reads for all."""
 
-        def shared(stem: str, names: set[str] | None = None) -> dict[str, Tensor]:
+        def shared(
+            stem: str, names: set[str] | None = None, like: Mapping[str, Tensor] | None = None
+        ) -> dict[str, Tensor]:
             here = None if found is None else found.tensors(stem, names)
-            return self.world.share(here)
+            return self.world.share(here, self._cutting(like or {}))
 
         values = self.world.tell(None if found is None else found.values)
         own = _own_tensors(self.model)
-        saved = shared("model", set(own))
+        saved = shared("model", set(own), own)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+        params = [one for group in optimizer.param_groups for one in group["params"]]
         entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in shared("optimizer").items():
+        for name, tensor in shared("optimizer", None, dict(enumerate_names(params))).items():
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
         optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
-        course.load_state(shared("sparsifier"))
+        masks = {f"mask.{one.name}": one.part.source for one in self.targets if one.part}
+        kept = shared("sparsifier", None, masks)
+        course.load_state({key: local(one) if key in masks else one for key, one in kept.items()})
         self.records = [StepRecord(**record) for record in values["records"]]
         self.seconds_before = float(values["seconds"])
+
+    def _cutting(self, like: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor] | None:
+        """What of each whole tensor stays here, given the parameter that it belongs to.
+
+        `optimizer` files name a parameter by its number before the first dot.
+        """
+        shards = self.shards
+        if shards is None:
+            return None
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            param = like.get(name, like.get(name.partition(".")[0]))
+            if param is None or not hasattr(param, "to_local") or tensor.shape != param.shape:
+                return tensor
+            return shards.cut(tensor, param)
+
+        return cut
 
     def _stopped(self, step: int, name: str) -> HamError:
         kind = Interrupted if name == "SIGINT" else Preempted
@@ -483,7 +573,10 @@ class Sparsification:
             for weights, mask in zip(dense, sparsifier.masks, strict=True)
             if bool((~mask).any())
         ]
-        return max(dropped, default=None)
+        largest = max(dropped, default=-1.0)
+        if self.shards is not None:
+            largest = self.world.greatest(largest)
+        return largest if largest >= 0 else None
 
     def _write(
         self,
@@ -499,16 +592,107 @@ class Sparsification:
         seconds: float,
     ) -> Report:
         """Write the model into a staging folder, recount and measure it there."""
-        section = self.recipe.sparsity
-        threshold = self._threshold(dense_weights, sparsifier)
+        found = self._weights_told(dense_weights, sparsifier)
         self.progress.stage("writing and recounting")
         written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
+        self.progress.stage("measuring the written model")
+        again = reload(self.opened, written.stage, self.device)
+        sparse = self._measure(again, teacher)
+        assert sparse is not None, "process 0 measures"
+        self.progress.stage("measuring speed")
+        speed = outcome.measured_speed(self.opened, again, tensors, self.device)
+        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
+        return self._report(
+            written, tensors, target, quality, speed, found, objective, optimizer, sparsifier,
+            seconds,
+        )  # fmt: skip
+
+    def _write_together(
+        self,
+        shards: Shards,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        teacher: nn.Module | None,
+        dense: Quality | None,
+        one_shot: Quality | None,
+        dense_weights: Sequence[Tensor],
+        seconds: float,
+    ) -> Report | None:
+        """The same of a model that is cut: process 0 writes what all give, and reads it back."""
+        found = self._weights_told(dense_weights, sparsifier)
+        self.progress.stage("writing and recounting")
+        run, written = self.run, None
+        if run is not None:
+            written = write_folder(self.opened, self.model, run.stage(), gather=whole)
+        else:
+            for tensor in stored_tensors(self.model):
+                whole(tensor)
+        self.progress.stage("measuring the written model")
+        self._read_back(shards, written)
+        sparse = self._measure(self.model, teacher)
+        if run is None or written is None or sparse is None:
+            return None
+        tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
+        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
+        report = self._report(
+            written, tensors, self.recipe.sparsity.target, quality, (None, NO_SPEED), found,
+            objective, optimizer, sparsifier, seconds,
+        )  # fmt: skip
+        return finish_folder(report, written.stage, run, self.progress)
+
+    @torch.no_grad()
+    def _read_back(self, shards: Shards, written: Written | None) -> None:
+        """Give the model the weights that lie in the files, one tensor after the other."""
+        own = _own_tensors(self.model)
+        files = None if written is None else written_tensors(written)
+        names = None if written is None else [n for n, s in written.names.items() if len(s) == 1]
+        for name in self.world.tell(names):
+            here = torch.empty(own[name].shape, dtype=torch.float32)
+            if files is not None:
+                found, tensor = next(files)
+                assert found == name
+                here.copy_(tensor)
+            self.world.broadcast(here)
+            own[name].copy_(shards.cut(here, own[name]))
+
+    def _weights_told(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> _WeightsTold:
+        """What the weights tell before they are written; in all processes that hold parts."""
+        stride = outcome.sampling_stride(self.targets.total)
+        samples = [
+            outcome.sampled(one, stride, self.targets) for one in (dense, self.targets.params)
+        ]
+        if self.shards is not None:
+            samples = [list(gathered(self.world, one)) for one in samples]
+        alive, flipped = sign_flips(dense, self.targets.params)
+        if self.shards is not None:
+            alive, flipped = (int(one) for one in self.world.add([alive, flipped]))
+        return _WeightsTold(
+            threshold=self._threshold(dense, sparsifier),
+            histogram=outcome.histogram(samples[0], samples[1], stride),
+            sign_flips=flipped / alive if alive else 0.0,
+        )
+
+    def _report(
+        self,
+        written: Written,
+        tensors: Any,
+        target: float,
+        quality: QualityRecord,
+        speed: Found,
+        found: _WeightsTold,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        seconds: float,
+    ) -> Report:
+        section = self.recipe.sparsity
         sparsity = outcome.sparsity_record(
             tensors,
             target,
             num_parameters=sum(param.numel() for param in self.model.parameters()),
-            threshold=threshold,
+            threshold=found.threshold,
             natural_zeros=sparsifier.natural_zeros,
             method=section.method,
             allocation=section.allocation,
@@ -516,13 +700,6 @@ class Sparsification:
         )
         if sparsity.zeros < sparsifier.num_zeros:
             raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
-        self.progress.stage("measuring the written model")
-        again = reload(self.opened, written.stage, self.device)
-        sparse = self._measure(again, teacher)
-        assert sparse is not None, "process 0 measures"
-        self.progress.stage("measuring speed")
-        speed, no_speed = outcome.measured_speed(self.opened, again, tensors, self.device)
-        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
         self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
         return Report(
             ham_version=__version__,
@@ -539,9 +716,9 @@ class Sparsification:
             files=outcome.file_records(written.stage, written.files),
             size=size_record(written.stage, self.opened.source.weights),
             quality=quality,
-            speed=speed,
-            speed_reason=no_speed,
-            training=self._training_record(objective, optimizer, dense_weights, seconds),
+            speed=speed[0],
+            speed_reason=speed[1],
+            training=self._training_record(objective, optimizer, found.sign_flips, seconds),
             gate=outcome.gate_record(
                 self.recipe.gate.max_drop,
                 self.recipe.gate.min_sparsity,
@@ -549,7 +726,7 @@ class Sparsification:
                 sparsity.achieved,
             ),
             data=outcome.data_record(self.opened),
-            histogram=outcome.histogram(dense_weights, self.targets.params),
+            histogram=found.histogram,
             warnings=tuple(self.warnings),
         )
 
@@ -567,7 +744,7 @@ class Sparsification:
             self.progress.warn(text)
 
     def _training_record(
-        self, objective: Objective, optimizer: HAM, dense: Sequence[Tensor], seconds: float
+        self, objective: Objective, optimizer: HAM, flips: float, seconds: float
     ) -> TrainingRecord:
         means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
         greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
@@ -591,7 +768,7 @@ class Sparsification:
             steps=training.steps,
             seconds=round(seconds, 1),
             ham_moved_fraction=_mean(moved),
-            sign_flips=sign_flips(dense, self.targets.params),
+            sign_flips=flips,
             curves=Curves.from_rows(curve_rows(self.records), limit=500),
             ham=ham if is_on else None,
             batch_size=training.batch_size * training.accumulation,
@@ -649,19 +826,24 @@ def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def enumerate_names(params: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by their number, as text."""
+    return ((str(index), param) for index, param in enumerate(params))
+
+
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers by their first name, tied ones once."""
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Share of the surviving weights whose sign is not the dense model's."""
+def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[int, int]:
+    """How many weights survive, and how many of them have not the dense model's sign."""
     alive = flipped = 0
     for old, new in zip(before, after, strict=True):
         kept = new.detach().cpu()
         alive += int(kept.count_nonzero())
         flipped += int((torch.sign(kept) * torch.sign(old) < 0).sum())
-    return flipped / alive if alive else 0.0
+    return alive, flipped
 
 
 # ---- what sparsify and prune share ----

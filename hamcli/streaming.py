@@ -1,8 +1,8 @@
 """`ham prune`: by files alone where that is possible, in bounded memory and without torch.
 
 Files alone tell what magnitude pruning needs, for known architectures and for files without a
-config. What looks at data, measures quality or needs the network goes the road through memory, and
-a line says why.
+config; for others the network is built without weights. What looks at data, measures quality or
+stores its weights in other parts goes the road through memory, and a line says why.
 """
 
 import json
@@ -13,7 +13,16 @@ from pathlib import Path
 
 from hamcli import __version__
 from hamcli.checkpoint.config import clean_config, infer_task
-from hamcli.checkpoint.folder import CONFIG, GENERATION, INDEX, SIDE_FILES, find_file, sha256
+from hamcli.checkpoint.folder import (
+    CONFIG,
+    GENERATION,
+    INDEX,
+    SIDE_FILES,
+    SINGLE,
+    find_file,
+    read_bytes,
+    sha256,
+)
 from hamcli.checkpoint.headers import Header, TensorInfo
 from hamcli.checkpoint.packed.folders import pack_in_place, unmark_config
 from hamcli.checkpoint.recount import count_zeros
@@ -109,6 +118,7 @@ def prune_files(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progr
         raise_on_signals() as guard,
         RunState(out, inputs=[opened.place], overwrite=overwrite) as run,
     ):
+        guard.arm()
         need = opened.dense_bytes + (opened.largest if opened.is_packing else 0)
         check_space(run.folder, need)
         stage = run.stage()
@@ -141,8 +151,13 @@ class _OpenedFiles:
             weights = find_weights(self.place)
         else:
             self.source = find_model(model, config=recipe.model.config, hashed=False)
-            self.place = Path(model) if Path(model).is_file() else self.source.folder
-            weights = find_weights(self.place)
+            if Path(model).expanduser().is_file():
+                # its config makes it a model, whose one file has a fixed name
+                self.place = self.source.weights[0]
+                weights = {SINGLE: self.source.headers[0]}
+            else:
+                self.place = self.source.folder
+                weights = find_weights(self.place)
             _refuse_other_task(recipe, self.source)
         self.stamps = _stamps(weights.values())
         self.shards = open_shards(weights)
@@ -180,7 +195,13 @@ class _OpenedFiles:
         try:
             if self.source is None:
                 return by_names(shapes, include, exclude)
-            return by_family(self.source.config, shapes, include, exclude)
+            try:
+                return by_family(self.source.config, shapes, include, exclude)
+            except Undecided as why:
+                self.progress.note(f"torch is loaded to tell the targets: {why}")
+                from hamcli.skeletons import by_skeleton
+
+                return by_skeleton(self.source, shapes, include, exclude)
         except RecipeError as error:
             place = read.place("targets", "exclude" if error.code == "E215" else "include")
             raise RecipeError(
@@ -237,7 +258,7 @@ class _OpenedFiles:
             if self.place == folder and len(self.shards) > 1:
                 index = find_file(folder, INDEX)
                 assert index is not None, "several shards have an index"
-                (stage / INDEX).write_bytes(index.read_bytes())
+                (stage / INDEX).write_bytes(read_bytes(index))
             for note in copy_side_files(self.source, stage, extra=(GENERATION,)):
                 self.progress.note(note)
         if self.is_packing:
@@ -347,8 +368,8 @@ def _refuse_other_task(recipe: Recipe, source: Source) -> None:
 
 def _config(folder: Path, named: str | None) -> bytes:
     """config.json without what names code or places; as it is where it names none."""
-    path = folder / CONFIG if named is None or Path(named).is_dir() else Path(named)
-    found = find_file(path.parent.resolve(), path.name)
+    is_file = named is not None and Path(named).expanduser().is_file()
+    found = find_file(folder, Path(named).name if is_file and named else CONFIG)
     assert found is not None, "it was read before"
     raw = unmark_config(found)
     config = json.loads(raw)

@@ -20,7 +20,6 @@ from hamcli.completing import complete
 from hamcli.errors import HamError
 from hamcli.progress import Silent
 from hamcli.recipe import values_layer
-from hamcli.sparsity.families import Undecided
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.targets import select_targets
 from hamcli.streaming import prune, prune_files
@@ -110,6 +109,16 @@ def test_convolutions_are_grouped_along_their_inputs(tmp_path):
     assert (groups == 2).all()
     name = "resnet.embedder.embedder.convolution.weight"
     assert np.array_equal(found[name], before[name])
+
+
+def test_an_architecture_that_is_not_written_down_is_told_by_its_skeleton(tmp_path):
+    import transformers
+
+    config = transformers.ElectraConfig(**pico.SMALL, embedding_size=16)
+    pico.save(pico.seeded(transformers.ElectraForMaskedLM, config), tmp_path / "model")
+    by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
+    wanted = through_memory(tmp_path / "model", tmp_path / "memory", 0.5)
+    same(read_folder(tmp_path / "out"), wanted)
 
 
 def stored(values, dtype):
@@ -210,6 +219,17 @@ def test_packed_goes_in_and_out(tmp_path):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
 
 
+def test_a_file_with_a_config_from_elsewhere_becomes_a_model(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    (tmp_path / "model" / "config.json").rename(tmp_path / "model" / "mine.json")
+    config = {"model.config": str(tmp_path / "model" / "mine.json"), "sparsity.target": 0.5}
+    by_files(tmp_path / "weights.safetensors", tmp_path / "out", **config)
+    model = load_model(find_model(str(tmp_path / "out"), hashed=False), "auto").model
+    zeros = sum(int((param == 0).sum()) for param in select_targets(model, ["*"], None).params)
+    assert zeros == round(0.5 * select_targets(model, ["*"], None).total)
+
+
 def test_what_names_code_or_places_is_left_out(tmp_path):
     pico.save(pico.llama(), tmp_path / "model")
     edit_config(tmp_path / "model", auto_map={"AutoModel": "evil.Model"}, _name_or_path="/secret")
@@ -233,18 +253,21 @@ def test_a_target_that_is_not_finite_is_refused_by_name(tmp_path):
         assert sorted(tmp_path.iterdir()) == [path]
 
 
-def test_one_shard_of_several_and_an_unknown_architecture_are_not_guessed(tmp_path):
+def test_one_shard_of_several_and_unknown_architectures_are_refused(tmp_path):
     save_file({"w": torch.ones(4, 4)}, tmp_path / "model-00001-of-00002.safetensors")
     with pytest.raises(HamError, match="E405"):
         by_files(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "out")
     pico.save(pico.llama(), tmp_path / "model")
     edit_config(tmp_path / "model", model_type="another")
-    with pytest.raises(Undecided):
+    with pytest.raises(HamError, match="E422"):
+        by_files(tmp_path / "model", tmp_path / "out")
+    edit_config(tmp_path / "model", model_type="llama", architectures=["LlamaForQuestions"])
+    with pytest.raises(HamError, match="E423"):
         by_files(tmp_path / "model", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_unknown_architecture_goes_through_memory_and_says_so(tmp_path, monkeypatch):
+def test_files_with_more_than_the_network_go_through_memory_which_is_said(tmp_path, monkeypatch):
     pico.save(pico.bert("BertForPreTraining"), tmp_path / "model")
     told, gone = [], []
 
@@ -260,7 +283,7 @@ def test_an_unknown_architecture_goes_through_memory_and_says_so(tmp_path, monke
     prune(read, out=tmp_path / "out", overwrite=False, progress=Watcher())
     assert len(gone) == 1
     assert "pruned in memory" in told[0]
-    assert "no class that is known" in told[0]
+    assert "is no parameter of BertForMaskedLM" in told[0]
 
 
 @pytest.mark.parametrize(
@@ -343,6 +366,29 @@ def test_whatever_stops_it_leaves_nothing_half(large, number, code, tmp_path):
         by_files(RESNET, out)  # another model to the same place sweeps what is left
         assert (out / "report.json").exists()
         assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_ctrl_c_in_an_export_leaves_nothing(large, is_folder, tmp_path):
+    source, out = large.parent if is_folder else large, tmp_path / "out.safetensors"
+    if is_folder:
+        source = tmp_path / "model"
+        source.mkdir()
+        os.link(large, source / "model.safetensors")
+        before = [source]
+    else:
+        before = []
+    words = command("export", source, "--format", "packed", "--out", out, "-q")
+    process = subprocess.Popen(
+        words, env={**ENVIRONMENT, "HAM_NATIVE": "0"}, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        if len(list(tmp_path.iterdir())) > len(before):
+            process.send_signal(signal.SIGINT)
+            break
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert list(tmp_path.iterdir()) == before
 
 
 def test_a_full_disk_leaves_nothing(large, tmp_path):

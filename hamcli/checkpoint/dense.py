@@ -7,7 +7,7 @@ modes of the user's umask; durability and the final rename are the run state's w
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,6 +67,7 @@ def write_model(
     max_shard_size: str = "5GB",
     tokenizer: Any | None = None,
     image_processor: Any | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> WrittenFiles:
     """Write `model` into the fresh folder `stage`.
 
@@ -79,6 +80,8 @@ def write_model(
         max_shard_size: Largest weight file.
         tokenizer: Saved where the source has no files of one.
         image_processor: The same.
+        gather: Of a model that is cut over processes, a parameter to the whole tensor; it is asked
+            for each of `stored_tensors`, in their order.
 
     Raises:
         ResourceError: The disk is full, or may not be written.
@@ -87,7 +90,7 @@ def write_model(
     assert not any(stage.iterdir()), "save_pretrained deletes shards that it finds"
     main = _main_dtype(model)
     target = _target_dtype(source, dtype, main)
-    state = _state(model, main, target)
+    state = _state(model, main, target, gather)
     try:
         with quiet_transformers():
             _save(model, state, stage, max_shard_size)
@@ -154,11 +157,34 @@ def _target_dtype(source: Source | None, dtype: str, main: torch.dtype) -> torch
     return main if source is None else TORCH_DTYPES[source.dtype]
 
 
-def _state(model: nn.Module, main: torch.dtype, target: torch.dtype) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module) -> list[Tensor]:
+    """What `write_model` writes, tied tensors once, in the order in which it asks for them."""
+    return list({id(one): one for one in model.state_dict(keep_vars=True).values()}.values())
+
+
+def _gathered_state(
+    model: nn.Module, main: torch.dtype, target: torch.dtype, gather: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """As `_state`, one tensor after the other: only narrow copies are whole at the same time."""
+    made = {
+        id(one): _stored(gather(one), target if one.dtype == main else one.dtype)
+        for one in stored_tensors(model)
+    }
+    return {name: made[id(one)] for name, one in model.state_dict(keep_vars=True).items()}
+
+
+def _state(
+    model: nn.Module,
+    main: torch.dtype,
+    target: torch.dtype,
+    gather: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
     """The state to write, on the CPU; what was tied is still one tensor.
 
     Parameters that are wider than the rest stay so: transformers keeps them wide on purpose.
     """
+    if gather is not None:
+        return _gathered_state(model, main, target, gather)
     made: dict[tuple[Any, ...], Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():

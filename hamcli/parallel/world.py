@@ -8,7 +8,7 @@ import datetime
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -111,11 +111,16 @@ class World:
             torch.distributed.broadcast(tensor, 0)
         return tensor
 
-    def share(self, tensors: Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    def share(
+        self,
+        tensors: Mapping[str, Tensor] | None,
+        keep: Callable[[str, Tensor], Tensor] | None = None,
+    ) -> dict[str, Tensor]:
         """Process 0's tensors, on a CPU, to all; one after the other.
 
         Args:
             tensors: In process 0; None in the others.
+            keep: Name and tensor to what is kept of it.
         """
         if self.size == 1:
             assert tensors is not None, "process 0 has them"
@@ -133,7 +138,7 @@ class World:
                 here.copy_(tensors[name])
             if here.numel():
                 self.broadcast(here.view(-1).view(torch.uint8))  # gloo knows few dtypes
-            made[name] = here
+            made[name] = here if keep is None else keep(name, here)
         return made
 
 

@@ -24,6 +24,19 @@ def fits(target: Prunable, block: Block) -> bool:
     return target.shape[outputs] % block[0] == 0 and target.shape[inputs] % block[1] == 0
 
 
+def shape_of(target: Target, block: Block) -> tuple[int, ...]:
+    """Shape of `block_sums` of the whole tensor."""
+    moved = torch.empty(target.shape, device="meta").movedim(axes(target), (-2, -1)).shape
+    return (*moved[:-2], moved[-2] // block[0], moved[-1] // block[1])
+
+
+def is_in_rows(target: Target) -> bool:
+    """Whether the order of the blocks is that of the rows of the tensor: matrices and stacks."""
+    return axes(target) == ((1, 2) if target.is_stacked else (0, 1)) and target.param.dim() == (
+        3 if target.is_stacked else 2
+    )
+
+
 def block_sums(score: Tensor, target: Target, block: Block) -> Tensor:
     """Sum of the scores of each block, fp32: [..., outputs / R, inputs / C].
 

@@ -7,13 +7,15 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
+from hamcli.errors import RecipeError
 from hamcli.sparsity import blocks
+from hamcli.sparsity.across import Across, total, totals
 from hamcli.sparsity.allocate import allocate
 from hamcli.sparsity.counting import exact
 from hamcli.sparsity.rules import Rules, make_rules
 from hamcli.sparsity.score import Score, Scores, magnitude
 from hamcli.sparsity.select import exact_masks, global_masks, n_m_mask
-from hamcli.sparsity.targets import Targets
+from hamcli.sparsity.targets import Target, Targets
 
 
 def choose_masks(
@@ -38,14 +40,15 @@ def choose_masks(
     """
     if rules.block is not None:
         return _block_masks(targets, rules, rules.block, num_zeros, masks, score)
-    scores = Scores(targets.params, score, masks)
-    already = _counts_dropped(masks) if masks is not None else [0] * len(targets)
+    across = targets.across
+    scores = Scores(targets.params, score, masks, across=across)
+    already = _counts_dropped(masks, across) if masks is not None else [0] * len(targets)
     if rules.kept_of is not None:
         return _n_m_masks(targets, rules.kept_of, max(num_zeros, sum(already)), scores)
     if masks is not None and num_zeros <= sum(already):
         return list(masks)
     share = Fraction(num_zeros, max(rules.num_zeros, num_zeros, 1))
-    shapes = [target.param.shape for target in targets]
+    shapes = [target.shape for target in targets]
     return _chosen(targets, rules, shapes, num_zeros, scores, already, share)
 
 
@@ -96,11 +99,13 @@ def _block_masks(
             blocks.block_any(mask, target, block)
             for mask, target in zip(masks, targets, strict=True)
         ]
-    already = _counts_dropped(keeps) if keeps is not None else [0] * len(sums)
+    across = targets.across
+    already = _counts_dropped(keeps, across) if keeps is not None else [0] * len(sums)
     due = max(round(Fraction(num_zeros, size)), sum(already))
-    scores = Scores(sums, lambda one: one, keeps)
+    scores = Scores(sums, lambda one: one, keeps, across=across)
     share = Fraction(due, max(rules.num_zeros // size, due, 1))
-    chosen = _chosen(targets, rules, [one.shape for one in sums], due, scores, already, share)
+    shapes = [blocks.shape_of(target, block) for target in targets]
+    chosen = _chosen(targets, rules, shapes, due, scores, already, share)
     return blocks.spread_all(chosen, targets.items, block)
 
 
@@ -158,9 +163,9 @@ def nonzero_masks(targets: Targets) -> list[Tensor]:
     return [target.param != 0 for target in targets]
 
 
-def num_dropped(masks: Sequence[Tensor]) -> int:
-    """Zeros of all masks together."""
-    return sum(_counts_dropped(masks))
+def num_dropped(masks: Sequence[Tensor], across: Across | None = None) -> int:
+    """Zeros of all masks together, in all processes that hold rows of them."""
+    return sum(_counts_dropped(masks, across))
 
 
 def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int:
@@ -175,19 +180,19 @@ def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int
             int((~blocks.block_any(mask, target, rules.block)).sum())
             for mask, target in zip(masks, targets, strict=True)
         )
-        return max(rules.num_zeros, num_blocks * size)
+        return max(rules.num_zeros, total(num_blocks, targets.across) * size)
     if rules.kept_of is None:
-        return max(rules.num_zeros, num_dropped(masks))
+        return max(rules.num_zeros, num_dropped(masks, targets.across))
     n, m = rules.kept_of
     zeros = 0
     for target, mask in zip(targets, masks, strict=True):
         dropped = (~mask).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
         zeros += int(dropped.clamp(min=m - n).sum())
-    return zeros
+    return total(zeros, targets.across)
 
 
-def _counts_dropped(masks: Sequence[Tensor]) -> list[int]:
-    return [mask.numel() - int(mask.count_nonzero()) for mask in masks]
+def _counts_dropped(masks: Sequence[Tensor], across: Across | None = None) -> list[int]:
+    return totals([mask.numel() - int(mask.count_nonzero()) for mask in masks], across)
 
 
 def _n_m_masks(
@@ -200,6 +205,41 @@ def _n_m_masks(
     if scores.masks is not None:
         # a group that came with more zeros than the pattern asks for keeps them
         ends = [end & before for end, before in zip(ends, scores.masks, strict=True)]
-    if num_zeros >= num_dropped(ends):
+    if num_zeros >= num_dropped(ends, scores.across):
         return ends
-    return global_masks(Scores(scores.params, scores.score, scores.masks, ends), num_zeros)
+    limited = Scores(scores.params, scores.score, scores.masks, ends, scores.across)
+    return global_masks(limited, num_zeros)
+
+
+def refuse_cut(targets: Targets, rules: Rules) -> None:
+    """See that no group or block of rows lies in two processes.
+
+    Raises:
+        RecipeError: E246.
+    """
+    if rules.block is not None:
+        shown = "block:{}x{}".format(*rules.block)
+        _refuse_cut(targets, shown, [one for one in targets if not one.is_stacked], rules.block[0])
+        _refuse_cut(targets, shown, [one for one in targets if not blocks.is_in_rows(one)], 0)
+    elif rules.kept_of is not None:
+        grouped = [one for one in targets if one.input_dim == 0]
+        _refuse_cut(targets, "{}:{}".format(*rules.kept_of), grouped, rules.kept_of[1])
+
+
+def _refuse_cut(targets: Targets, pattern: str, among: Sequence[Target], rows: int) -> None:
+    """Refuse groups of `rows` rows that lie in two processes; 0 rows: any tensor that is cut."""
+    cut = [
+        one
+        for one in among
+        if one.part is not None and (rows == 0 or one.part.begin % rows or len(one.param) % rows)
+    ]
+    if total(len(cut), targets.across) == 0:
+        return
+    shown = cut[0].name if cut else "in another process"
+    raise RecipeError(
+        "E246",
+        "the pattern is cut by the processes",
+        "sparsity.pattern",
+        f"{pattern}: {shown}: rows that belong together would lie in two of them",
+        "another number of processes, training.parallel ddp, or exclude it",
+    )

@@ -24,6 +24,7 @@ from hamcli.sparsity.masks import (
     nonzero_masks,
     num_dropped,
     prune_masks,
+    refuse_cut,
     zeros_at_end,
 )
 from hamcli.sparsity.rules import Rules, make_rules, settled_allocation
@@ -84,7 +85,7 @@ class Sparsifier:
         self._method = method
         self.masks: list[Tensor] | None = None
         nonzero = nonzero_masks(targets)
-        self.natural_zeros = num_dropped(nonzero)
+        self.natural_zeros = num_dropped(nonzero, targets.across)
         self.num_zeros = (
             rules.num_zeros if method.regrows else zeros_at_end(targets, rules, nonzero)
         )
@@ -160,7 +161,7 @@ class Sparsifier:
         """The masks after an exchange, of weights or of whole blocks."""
         params, block = self._targets.params, self._rules.block
         if block is None:
-            return exchange_all(params, masks, fraction)
+            return exchange_all(params, masks, fraction, self._targets.across)
         made = []
         for target, mask in zip(self._targets, masks, strict=True):
             grad = target.param.grad
@@ -172,6 +173,7 @@ class Sparsifier:
                 blocks.block_sums(magnitude(target.param), target, block),
                 blocks.block_sums(grad.abs(), target, block),
                 fraction,
+                self._targets.across,
             )
             made.append(blocks.spread(keep, target, block))
         return made
@@ -204,7 +206,7 @@ class Sparsifier:
 
     def _hold(self, masks: Sequence[Tensor]) -> None:
         self.masks = list(masks)
-        self._num_masked = num_dropped(masks)
+        self._num_masked = num_dropped(masks, self._targets.across)
 
 
 def make_sparsifier(
@@ -268,6 +270,7 @@ def make_sparsifier(
         max_sparsity=max_sparsity,
         outliers=outliers,
     )
+    refuse_cut(targets, rules)
     times = Times(
         steps, ramp_start, freeze_last, update_every, phase, drop_fraction, cycles, start_sparsity
     )

@@ -5,16 +5,33 @@ experts of one module apart) and it has two or more dimensions. A tied tensor is
 its first name; so are layers that a model runs through several times.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor, nn
 
+from hamcli.sparsity.across import Across
 from hamcli.sparsity.choice import ROUTERS, choose, is_dense_by_name, module_of
 
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What tells the rows that one of several processes holds from the whole tensor.
+
+    Attributes:
+        shape: Of the whole tensor.
+        begin: The first row that lies here; rows lie in the order of the processes.
+        source: The parameter that these rows are of, as an optimizer holds it.
+    """
+
+    shape: tuple[int, ...]
+    begin: int
+    source: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,17 +45,24 @@ class Target:
             [out, in] and convolutions [out, in / groups, ...], 0 for transformers' Conv1D and for
             transposed convolutions [in, out, ...], 1 or 2 for fused experts.
         is_stacked: Whether axis 0 counts matrices (fused experts) and is no part of one.
+        part: Where `param` is some rows of a tensor that is cut over processes; None where whole.
     """
 
     name: str
     param: Tensor
     input_dim: int
     is_stacked: bool = False
+    part: Part | None = None
 
     @property
-    def shape(self) -> Sequence[int]:
-        """Of the weights."""
-        return self.param.shape
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.param.shape) if self.part is None else self.part.shape
+
+    @property
+    def size(self) -> int:
+        """Number of weights of the whole tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -48,10 +72,12 @@ class Targets(Sequence[Target]):
     Attributes:
         items: The targets.
         exclude: Globs that leave the same targets when given back: `auto` resolved to names.
+        across: The processes that hold the other rows; None where the tensors are whole.
     """
 
     items: tuple[Target, ...]
     exclude: tuple[str, ...] = ()
+    across: Across | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -79,7 +105,12 @@ class Targets(Sequence[Target]):
     @property
     def total(self) -> int:
         """Number of prunable weights: the denominator of every sparsity."""
-        return sum(target.param.numel() for target in self.items)
+        return sum(target.size for target in self.items)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters as an optimizer holds them."""
+        return [one.param if one.part is None else one.part.source for one in self.items]
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -39,6 +39,7 @@ def sample(size=3001):
     values[::11] = 0.0
     values[3::11] = -0.0
     values[5::301] = 1e-7
+    values[-1] = 0.0  # behind the last whole group
     return values
 
 

@@ -9,14 +9,8 @@ from hamcli import native
 from hamcli.optim import cpu, fused, ham_step_, jit, plain, rule
 from tests.optim.numbers import bits, normal, ulps
 
-SHAPES = [
-    (70, 513),
-    (33,),
-    (1, 1),
-    (0, 3),
-    (5, 4, 3, 3),
-    (3, 21),
-]  # 63: half a vector of 16, and a rest
+# 63: whole vectors of eight or sixteen, half a vector of sixteen, and a rest
+SHAPES = [(70, 513), (33,), (1, 1), (0, 3), (5, 4, 3, 3), (3, 21)]
 FORMS = {"cpu": cpu, "rule": plain, "fused": fused, "numba": jit}
 # whose base steps are torch's fused ones in bits
 AS_FUSED = {name: FORMS[name] for name in ("cpu", "fused", "numba")}
