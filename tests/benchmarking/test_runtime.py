@@ -29,6 +29,7 @@ def folder(tmp_path):
     return pico.save(pico.bert(), tmp_path / "bert")
 
 
+@pytest.mark.slow
 def test_every_runtime_gives_the_dense_outputs_at_every_shape_and_number_of_threads(folder):
     before = torch.get_num_threads()
     found = bench(folder, target=0.8, shapes=[(1, 8), (3, 5)], threads=(1, 2))
