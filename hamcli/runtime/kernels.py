@@ -41,9 +41,10 @@ def make_kernel(backend: str, weight: Tensor, *, may_build: bool = True) -> Kern
 
 def _native(operators: Any, weight: Tensor) -> Kernel:
     begins, columns, values = operators.csr_pack(weight)
+    product = operators.csr_linear.default  # looked up once, not at every call
 
     def multiply(x: Tensor, bias: Tensor | None) -> Tensor:
-        found: Tensor = operators.csr_linear(x, begins, columns, values, bias, VECTORS)
+        found: Tensor = product(x, begins, columns, values, bias, VECTORS)
         return found
 
     return multiply

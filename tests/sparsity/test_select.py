@@ -9,7 +9,7 @@ from torch import Tensor
 from hamcli import native
 from hamcli.native import selection as streams
 from hamcli.sparsity import select
-from hamcli.sparsity.counting import num_zeros
+from hamcli.sparsity.counting import exact, num_zeros
 from hamcli.sparsity.score import Scores
 from hamcli.sparsity.select import (
     exact_mask,
@@ -288,7 +288,7 @@ def test_num_zeros_rounds_the_decimal_that_was_written(
 def test_num_zeros_is_never_more_than_half_a_weight_away(target: float, total: int) -> None:
     zeros = num_zeros(target, total)
     assert 0 <= zeros <= total
-    assert abs(zeros - select.exact(target) * total) * 2 <= 1
+    assert abs(zeros - exact(target) * total) * 2 <= 1
 
 
 # Groups of neighbours
