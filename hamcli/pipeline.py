@@ -128,14 +128,15 @@ def _in_world(
         if world.is_main:
             state = RunState(folder, inputs=inputs, overwrite=overwrite, resume=resume)
             run = stack.enter_context(state)
-        opened = open_run(read, progress)
-        warnings = list(opened.data.notes)
+        with world.turns():
+            opened = open_run(read, progress)
+            job = Sparsification(opened, run, stop, progress, command, world)
+        warnings = job.warnings
         if run is not None:
             check_out(folder, inputs=[opened.source.folder], overwrite=overwrite)
             warnings += run.begin(run_identity(opened, world.size))
         for text in warnings:
             progress.warn(text)
-        job = Sparsification(opened, run, stop, progress, warnings, command, world)
         report = job.work()
         if run is not None:
             run.finish(keep_run=keep_run)

@@ -29,6 +29,12 @@ from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM
 from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.parts import (
+    fingerprint,
+    has_batch_norm,
+    part_of,
+    refuse_uneven_batch,
+)
 from hamcli.parallel.shards import Shards, fill_, gathered, local, shard_, shard_teacher, whole
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
@@ -63,7 +69,6 @@ from hamcli.training import (
     warm_up_and_decay,
 )
 
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
 RUN_PARTS = (
@@ -97,14 +102,13 @@ class Sparsification:
         run: RunState | None,
         stop: Stop,
         progress: Progress,
-        warnings: list[str],
         command: str,
         world: World,
     ) -> None:
         self.opened, self.run, self.stop, self.progress = opened, run, stop, progress
         self.world = world
         self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
-        self.warnings, self.command = warnings, command
+        self.warnings, self.command = list(opened.data.notes), command
         self.model = opened.loaded.model
         self.shards: Shards | None = None
         training = self.recipe.training
@@ -117,13 +121,16 @@ class Sparsification:
         self.seconds_before = 0.0
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
+        self.teacher = self._place()
 
     def work(self) -> Report | None:
         """Train, prune, write, reopen, measure, report; None but in process 0."""
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
-        teacher = self._place()
+        teacher = self.teacher
+        if self.world.is_sharded:
+            self._look_at_shards()
         dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
         self.progress.stage("measuring the dense model")
         self._warn_of_parts()
@@ -174,11 +181,14 @@ class Sparsification:
         shard_(self.model, self.world, self.device)
         if teacher is not None:
             fill_(teacher, self.model)
+        return teacher
+
+    def _look_at_shards(self) -> None:
+        """Find the same targets among the parameters as they are now."""
         section = self.recipe.targets
         cut = select_targets(self.model, section.include, section.exclude)
         self.shards = Shards(self.model, self.world)
         self.targets = self.shards.targets(cut)
-        return teacher
 
     def _prepare_step(self) -> None:
         """Build the native step before the clock of the first step runs, and say so."""
@@ -777,39 +787,6 @@ def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         held = measured if record.exponent_mean is not None else held
         rows.append({**row, **held})
     return rows
-
-
-def refuse_uneven_batch(batch_size: int, num_processes: int) -> None:
-    """Raise RecipeError E244 unless each process gets as many examples of a batch."""
-    if batch_size % num_processes:
-        raise RecipeError(
-            "E244",
-            "the batch cannot be shared out evenly",
-            "training.batch_size",
-            f"{batch_size} examples to {num_processes} processes",
-            f"a multiple of {num_processes}, as {-(-batch_size // num_processes) * num_processes}",
-        )
-
-
-def part_of(whole: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """The rows of a batch that one of several processes computes."""
-    rows = len(next(iter(whole.values()))) // size
-    return {name: tensor[rank * rows : (rank + 1) * rows] for name, tensor in whole.items()}
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any layer's output depends on the other examples of the batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-@torch.no_grad()
-def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """Sum of the bits of all tensors, as integers that wrap around."""
-    total = 0
-    for place, tensor in enumerate(tensors):
-        bits = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
-        total += (place + 1) * int(bits.sum(dtype=torch.int64))
-    return total % 2**62
 
 
 def _mean(values: Sequence[float]) -> float | None:
