@@ -6,7 +6,7 @@ from typing import Any
 
 from hamcli.defaults import out_folder
 from hamcli.errors import UsageError
-from hamcli.opening import complete, open_run, run_identity
+from hamcli.opening import complete, open_run, public_recipe, run_identity
 from hamcli.parallel.world import World, joined
 from hamcli.progress import Progress, Silent
 from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
@@ -15,6 +15,7 @@ from hamcli.report.records import Report, read_report
 from hamcli.runstate import RunState, check_out, finished, remove_leftovers
 from hamcli.signals import Stop, stop_on_signals
 from hamcli.sparsifying import Sparsification
+from hamcli.tracking import Trackers, refuse_missing
 
 
 def sparsify(
@@ -101,6 +102,8 @@ def run_sparsify(
             recipe.sparsity.method,
             f"ham prune --method {recipe.sparsity.method}, or another method",
         )
+    if recipe.training.trackers:
+        refuse_missing(recipe.training.trackers)
     folder = Path(out) if out is not None else out_folder(recipe.model.id or "", target)
     with joined(recipe.training.parallel, recipe.training.device) as world:
         if not overwrite and (found := _complete_already(read, folder, progress, world)):
@@ -137,8 +140,12 @@ def _in_world(
             warnings += run.begin(run_identity(opened, world.size))
         for text in warnings:
             progress.warn(text)
-        report = job.work()
-        if run is not None:
+        names = read.recipe.training.trackers if world.is_main else ()
+        trackers = Trackers(names, folder, public_recipe(opened.recipe), progress)
+        stack.callback(trackers.close)
+        report = job.work(trackers.step)
+        if run is not None and report is not None:
+            trackers.result(report)
             run.finish(keep_run=keep_run)
         # the others learn it as people do
         told = world.tell(report.to_json() if report is not None else None)

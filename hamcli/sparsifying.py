@@ -123,8 +123,13 @@ class Sparsification:
         self.activation: Score | None = None
         self.teacher = self._place()
 
-    def work(self) -> Report | None:
-        """Train, prune, write, reopen, measure, report; None but in process 0."""
+    def work(self, track: Callable[[StepRecord], None] = lambda record: None) -> Report | None:
+        """Train, prune, write, reopen, measure, report; None but in process 0.
+
+        Args:
+            track: Told of every step.
+        """
+        self.track = track
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
@@ -382,6 +387,7 @@ class Sparsification:
                 seed=training.seed,
             ):
                 self.records.append(record)
+                self.track(record)
                 self.progress.step(record)
                 seconds = self.seconds_before + time.monotonic() - began
                 due = record.step % training.checkpoint_every == 0
