@@ -132,9 +132,9 @@ def _in_world(
             state = RunState(folder, inputs=inputs, overwrite=overwrite, resume=resume)
             run = stack.enter_context(state)
         with world.turns():
-            opened = open_run(read, progress)
-            job = Sparsification(opened, run, stop, progress, command, world)
-        warnings = job.warnings
+            # nobody else may hold what is opened: weights that are cut would stay whole
+            job = Sparsification(open_run(read, progress), run, stop, progress, command, world)
+        opened, warnings = job.opened, job.warnings
         if run is not None:
             check_out(folder, inputs=[opened.source.folder], overwrite=overwrite)
             warnings += run.begin(run_identity(opened, world.size))

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,7 @@ from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.methods import Sparsifier
 from hamcli.sparsity.score import Score
-from hamcli.sparsity.targets import select_targets
+from hamcli.sparsity.targets import Targets, select_targets
 from hamcli.training import (
     Engine,
     Hooks,
@@ -186,6 +186,9 @@ class Sparsification:
         shard_(self.model, self.world, self.device)
         if teacher is not None:
             fill_(teacher, self.model)
+        # the targets still hold the whole weights
+        self.targets = Targets(())
+        self.opened = replace(self.opened, targets=self.targets)
         return teacher
 
     def _look_at_shards(self) -> None:
@@ -194,6 +197,7 @@ class Sparsification:
         cut = select_targets(self.model, section.include, section.exclude)
         self.shards = Shards(self.model, self.world)
         self.targets = self.shards.targets(cut)
+        self.opened = replace(self.opened, targets=self.targets)
 
     def _prepare_step(self) -> None:
         """Build the native step before the clock of the first step runs, and say so."""
