@@ -7,7 +7,7 @@ from typing import Any
 from hamcli.completing import complete
 from hamcli.defaults import out_folder
 from hamcli.errors import UsageError
-from hamcli.opening import open_run, run_identity
+from hamcli.opening import open_run, public_recipe, run_identity
 from hamcli.parallel.world import World, joined
 from hamcli.progress import Progress, Silent
 from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
@@ -16,6 +16,7 @@ from hamcli.report.records import Report, read_report
 from hamcli.runstate import RunState, check_out, finished, remove_leftovers
 from hamcli.signals import Stop, stop_on_signals
 from hamcli.sparsifying import Sparsification
+from hamcli.tracking import Trackers, refuse_missing
 
 
 def sparsify(
@@ -102,6 +103,8 @@ def run_sparsify(
             recipe.sparsity.method,
             f"ham prune --method {recipe.sparsity.method}, or another method",
         )
+    if recipe.training.trackers:
+        refuse_missing(recipe.training.trackers)
     folder = Path(out) if out is not None else out_folder(recipe.model.id or "", target)
     with joined(recipe.training.parallel, recipe.training.device) as world:
         if not overwrite and (found := _complete_already(read, folder, progress, world)):
@@ -129,16 +132,21 @@ def _in_world(
         if world.is_main:
             state = RunState(folder, inputs=inputs, overwrite=overwrite, resume=resume)
             run = stack.enter_context(state)
-        opened = open_run(read, progress)
-        warnings = list(opened.data.notes)
+        with world.turns():
+            # nobody else may hold what is opened: weights that are cut would stay whole
+            job = Sparsification(open_run(read, progress), run, stop, progress, command, world)
+        opened, warnings = job.opened, job.warnings
         if run is not None:
             check_out(folder, inputs=[opened.source.folder], overwrite=overwrite)
             warnings += run.begin(run_identity(opened, world.size))
         for text in warnings:
             progress.warn(text)
-        job = Sparsification(opened, run, stop, progress, warnings, command, world)
-        report = job.work()
-        if run is not None:
+        names = read.recipe.training.trackers if world.is_main else ()
+        trackers = Trackers(names, folder, public_recipe(opened.recipe), progress)
+        stack.callback(trackers.close)
+        report = job.work(trackers.step)
+        if run is not None and report is not None:
+            trackers.result(report)
             run.finish(keep_run=keep_run)
         # the others learn it as people do
         told = world.tell(report.to_json() if report is not None else None)

@@ -2,15 +2,23 @@
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from hamcli.checkpoint.loading import DTYPE_NAMES
 from hamcli.checkpoint.reading import TORCH_DTYPES
 from hamcli.data import batch
+from hamcli.memory import Memory, memory_of
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, objective_of, open_run, rules_of
+from hamcli.parallel.launch import settled_parallel
+from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.parts import refuse_uneven_batch
+from hamcli.parallel.shards import blocks_of
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
 from hamcli.shrinking import Pruning, SizeEstimate, estimate_sizes
@@ -18,7 +26,6 @@ from hamcli.sparsity.catalogue import COPIES
 from hamcli.sparsity.factors import KINDS
 
 TRIED_STEPS = 2
-WEIGHT_COPIES = 5  # weights, gradients, two moments, teacher
 CHECKPOINT_COPIES = 3  # weights, two moments
 KEPT = 3  # two kept and one being written
 
@@ -38,7 +45,10 @@ class Plan:
         overall_sparsity: `zeros / parameters`.
         excluded: Globs that stay dense.
         steps: Optimizer steps.
-        memory_bytes: Weights, gradients, optimizer state and teacher; activations come on top.
+        memory_bytes: Of each process; activations come on top.
+        memory: What they are for.
+        parallel: none, ddp or fsdp.
+        world: Number of processes.
         disk_bytes: Run checkpoints and result.
         seconds: Estimated training time here, from a few tried steps.
         costs: What method and optimizer cost beside plain training, in words.
@@ -58,12 +68,29 @@ class Plan:
     memory_bytes: int
     disk_bytes: int
     seconds: float
+    memory: Memory
     costs: tuple[str, ...] = ()
     sizes: tuple[SizeEstimate, ...] = ()
+    parallel: str = "none"
+    world: int = 1
 
 
-def plan(read: ReadRecipe, progress: Progress) -> Plan:
-    """Work out a run; nothing is written."""
+def plan(read: ReadRecipe, progress: Progress, world: int = 1) -> Plan:
+    """Work out a run; nothing is written.
+
+    Args:
+        read: The recipe.
+        progress: Who watches.
+        world: Processes that would train together, as `training.parallel` says.
+
+    Raises:
+        RecipeError: E241, E242, E244 and E245: several processes cannot do this, or one cannot.
+    """
+    word = read.recipe.training.parallel
+    parallel = settled_parallel(word, {"WORLD_SIZE": str(world)})
+    refuse_uneven_batch(read.recipe.training.batch_size, world)
+    if parallel == "fsdp":
+        refuse_unsharded(read.recipe)
     opened = open_run(read, progress, hashed=False)
     recipe, targets, model = opened.recipe, opened.targets, opened.loaded.model
     section = recipe.sparsity
@@ -72,11 +99,23 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
     progress.stage("estimating sizes")
     sizes = _sizes(opened, read.recipe.targets.exclude)
     progress.stage("trying two steps")
-    seconds = _step_seconds(opened) * recipe.training.steps * recipe.training.accumulation
+    tried = _try_step(opened)
+    seconds = tried.seconds * recipe.training.steps * recipe.training.accumulation
     results = len(section.levels or (section.target,))
     extra, more, costs = _costs(recipe, targets.total, parameters)
     if recipe.optimizer.sam > 0:
         seconds *= 2
+    memory = memory_of(
+        parameters=parameters,
+        prunable=targets.total,
+        largest=largest_part(model),
+        moments=int(recipe.optimizer.momentum > 0) if recipe.optimizer.base == "sgd" else 2,
+        has_teacher=not opened.loaded.new_head,
+        extra=extra,
+        activations=tried.activations,
+        parallel=parallel,
+        world=world,
+    )
     return Plan(
         model=recipe.model.id or "",
         task=opened.loaded.task,
@@ -88,11 +127,14 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
         overall_sparsity=rules.num_zeros / parameters,
         excluded=tuple(targets.exclude),
         steps=recipe.training.steps,
-        memory_bytes=WEIGHT_COPIES * 4 * parameters + extra,
+        memory_bytes=memory.total,
+        memory=memory,
         disk_bytes=(KEPT * CHECKPOINT_COPIES + results) * 4 * parameters + KEPT * more,
         seconds=seconds,
         costs=costs,
         sizes=sizes,
+        parallel=parallel,
+        world=world,
     )
 
 
@@ -116,6 +158,13 @@ def _sizes(opened: Opened, exclude: Sequence[str] | None) -> tuple[SizeEstimate,
     )
 
 
+def largest_part(model: nn.Module) -> int:
+    """Parameters of the largest part that FSDP gathers at once: a block, or what is in none."""
+    blocks = [sum(one.numel() for one in block.parameters()) for block in blocks_of(model)]
+    rest = sum(one.numel() for one in model.parameters()) - sum(blocks)
+    return max([rest, *blocks])
+
+
 def _costs(recipe: Recipe, prunable: int, parameters: int) -> tuple[int, int, tuple[str, ...]]:
     """Bytes of memory and of a run checkpoint beside those of plain training, and why."""
     method, copies = recipe.sparsity.method, COPIES.get(recipe.sparsity.method, 0)
@@ -131,11 +180,27 @@ def _costs(recipe: Recipe, prunable: int, parameters: int) -> tuple[int, int, tu
     return extra, more, tuple(costs)
 
 
-def _step_seconds(opened: Opened) -> float:
+@dataclass(frozen=True, slots=True)
+class _Tried:
+    seconds: float
+    activations: int
+
+
+def _try_step(opened: Opened) -> _Tried:
+    """Time of a micro-step, and bytes that its forward pass keeps for its backward pass."""
     recipe, model = opened.recipe, opened.loaded.model
     objective = objective_of(opened)
     teacher = make_teacher(model)
     model.train()
+    weights = {one.untyped_storage().data_ptr() for one in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
     began = time.monotonic()
     for step in range(TRIED_STEPS):
         if step == 1:  # the first one warms up
@@ -144,5 +209,7 @@ def _step_seconds(opened: Opened) -> float:
             opened.data, step, batch_size=recipe.training.batch_size, seed=recipe.training.seed
         )
         torch.manual_seed(0)
-        objective(model, values, teacher).backward()  # type: ignore[no-untyped-call]  # torch's
-    return time.monotonic() - began
+        with saved_tensors_hooks(keep, lambda tensor: tensor) if step == 0 else nullcontext():
+            loss = objective(model, values, teacher)
+        loss.backward()  # type: ignore[no-untyped-call]  # torch's
+    return _Tried(time.monotonic() - began, sum(kept.values()))

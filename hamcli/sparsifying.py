@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,12 @@ from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM, forms
 from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.parts import (
+    fingerprint,
+    has_batch_norm,
+    part_of,
+    refuse_uneven_batch,
+)
 from hamcli.parallel.shards import Shards, fill_, gathered, local, shard_, shard_teacher, whole
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
@@ -52,7 +58,7 @@ from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.methods import Sparsifier
 from hamcli.sparsity.score import Score
-from hamcli.sparsity.targets import select_targets
+from hamcli.sparsity.targets import Targets, select_targets
 from hamcli.speed import Found
 from hamcli.training import (
     Engine,
@@ -66,7 +72,6 @@ from hamcli.training import (
     warm_up_and_decay,
 )
 
-_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
 RUN_PARTS = (
@@ -102,14 +107,13 @@ class Sparsification:
         run: RunState | None,
         stop: Stop,
         progress: Progress,
-        warnings: list[str],
         command: str,
         world: World,
     ) -> None:
         self.opened, self.run, self.stop, self.progress = opened, run, stop, progress
         self.world = world
         self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
-        self.warnings, self.command = warnings, command
+        self.warnings, self.command = list(opened.data.notes), command
         self.model = opened.loaded.model
         self.shards: Shards | None = None
         training = self.recipe.training
@@ -124,14 +128,22 @@ class Sparsification:
         self.done = 0  # steps that are saved, or will be before anybody hears of a stop
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
+        self.teacher = self._place()
 
-    def work(self) -> Report | None:
-        """Train, prune, write, reopen, measure, report; None but in process 0."""
+    def work(self, track: Callable[[StepRecord], None] = lambda record: None) -> Report | None:
+        """Train, prune, write, reopen, measure, report; None but in process 0.
+
+        Args:
+            track: Told of every step.
+        """
+        self.track = track
         self._stop_here()
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
-        teacher = self._place()
+        teacher = self.teacher
+        if self.world.is_sharded:
+            self._look_at_shards()
         dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
         self.progress.stage("measuring the dense model")
         self._warn_of_parts()
@@ -185,11 +197,18 @@ class Sparsification:
         shard_(self.model, self.world, self.device)
         if teacher is not None:
             fill_(teacher, self.model)
+        # the targets still hold the whole weights
+        self.targets = Targets(())
+        self.opened = replace(self.opened, targets=self.targets)
+        return teacher
+
+    def _look_at_shards(self) -> None:
+        """Find the same targets among the parameters as they are now."""
         section = self.recipe.targets
         cut = select_targets(self.model, section.include, section.exclude)
         self.shards = Shards(self.model, self.world)
         self.targets = self.shards.targets(cut)
-        return teacher
+        self.opened = replace(self.opened, targets=self.targets)
 
     def _prepare_step(self) -> None:
         """Build or compile the step before the clock of the first step runs, and say so."""
@@ -385,6 +404,7 @@ class Sparsification:
                 seed=training.seed,
             ):
                 self.records.append(record)
+                self.track(record)
                 self.progress.step(record)
                 seconds = self.seconds_before + time.monotonic() - began
                 is_due = record.step % training.checkpoint_every == 0
@@ -829,39 +849,6 @@ def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
         held = measured if record.exponent_mean is not None else held
         rows.append({**row, **held})
     return rows
-
-
-def refuse_uneven_batch(batch_size: int, num_processes: int) -> None:
-    """Raise RecipeError E244 unless each process gets as many examples of a batch."""
-    if batch_size % num_processes:
-        raise RecipeError(
-            "E244",
-            "the batch cannot be shared out evenly",
-            "training.batch_size",
-            f"{batch_size} examples to {num_processes} processes",
-            f"a multiple of {num_processes}, as {-(-batch_size // num_processes) * num_processes}",
-        )
-
-
-def part_of(whole: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
-    """The rows of a batch that one of several processes computes."""
-    rows = len(next(iter(whole.values()))) // size
-    return {name: tensor[rank * rows : (rank + 1) * rows] for name, tensor in whole.items()}
-
-
-def has_batch_norm(model: nn.Module) -> bool:
-    """Whether any layer's output depends on the other examples of the batch."""
-    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
-
-
-@torch.no_grad()
-def fingerprint(tensors: Sequence[Tensor]) -> int:
-    """Sum of the bits of all tensors, as integers that wrap around."""
-    total = 0
-    for place, tensor in enumerate(tensors):
-        bits = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
-        total += (place + 1) * int(bits.sum(dtype=torch.int64))
-    return total % 2**62
 
 
 def _mean(values: Sequence[float]) -> float | None:

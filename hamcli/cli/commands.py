@@ -300,10 +300,14 @@ def plan(
     method: MethodWord = None,
     pattern: PatternWord = None,
     steps: StepsWord = None,
+    parallel: ParallelWord = None,
+    world: Annotated[
+        int, typer.Option("--world", min=1, help="Processes that would train together.")
+    ] = 1,
     as_json: JsonWord = False,
     quiet: QuietWord = False,
 ) -> None:
-    """Dry run: matched weights, steps, memory, disk, time; writes nothing."""
+    """Dry run: matched weights, steps, memory of each process, disk, time; writes nothing."""
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_plan
     from hamcli.console import Screen
@@ -314,7 +318,7 @@ def plan(
         from hamcli.completing import complete
         from hamcli.planning import plan as plan_run
 
-        found = plan_run(complete(layers, has_recipe=recipe is not None), watcher)
+        found = plan_run(complete(layers, has_recipe=recipe is not None), watcher, world)
     show_plan(screen, found)
 
 

@@ -229,7 +229,11 @@ def show_plan(screen: Screen, found: Any) -> None:
         ("zeros at the end", f"{found.zeros:,} ({found.overall_sparsity:.2%} of all parameters)"),
         ("stay dense", ", ".join(found.excluded) or "nothing"),
         ("steps", f"{found.steps:,}, about {duration(found.seconds)} here"),
-        ("memory", f"{size(found.memory_bytes)} and activations"),
+        (
+            "memory" if found.world == 1 else f"memory, each of {found.world} ({found.parallel})",
+            f"{size(found.memory_bytes)}, and {size(found.memory.activations)} of activations",
+        ),
+        ("of which", _memory(found.memory)),
         ("disk", size(found.disk_bytes)),
         *(("cost", cost) for cost in found.costs),
         *((f"file, {one.targets}", _size_words(one)) for one in found.sizes),
@@ -244,6 +248,11 @@ def _size_words(one: Any) -> str:
         f"smaller), {size(one.gzip_bytes)} in gzip ({gzipped:.1f} x)"
     )
     return f"{text}; --set '{one.setting}', at a cost in quality" if one.setting else text
+
+
+def _memory(found: Any) -> str:
+    parts = {name: count for name, count in asdict(found).items() if name != "activations"}
+    return ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
 
 
 def show_theory(screen: Screen, found: Any, out: Path | None) -> None:

@@ -36,8 +36,11 @@ class World:
         kind: none, ddp or fsdp.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, kind: str = "none") -> None:
+    def __init__(
+        self, rank: int = 0, size: int = 1, kind: str = "none", local_rank: int = 0
+    ) -> None:
         self.rank, self.size, self.kind = rank, size, kind
+        self._local_rank = local_rank
 
     @property
     def is_main(self) -> bool:
@@ -54,6 +57,19 @@ class World:
     def barrier(self) -> None:
         """Wait for all."""
         self.add([0])
+
+    @contextmanager
+    def turns(self) -> Iterator[None]:
+        """Inside, of all processes on a machine that hold parts, one at a time; no exchanges there.
+
+        So a machine has one whole model in its memory while they open it, not one for each process.
+        """
+        last = int(self.greatest(self._local_rank)) if self.is_sharded else 0
+        for _ in range(self._local_rank if last else 0):
+            self.barrier()
+        yield
+        for _ in range(last - self._local_rank if last else 0):
+            self.barrier()
 
     def add(self, counts: Sequence[int] | Counts) -> Counts:
         """Sums of integers over the processes."""
@@ -163,7 +179,7 @@ def joined(word: str, device: str) -> Iterator[World]:
     launch = launched()
     _choose_device(device, launch)
     _init(device, launch)
-    world = World(launch.rank, launch.size, kind)
+    world = World(launch.rank, launch.size, kind, launch.local_rank)
     mates = Mates(launch.rank, launch.size)
     try:
         _meet(world, mates)

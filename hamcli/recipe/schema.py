@@ -224,6 +224,11 @@ class SparsitySection(Section):
             raise PydanticCustomError("levels", "pattern N:M has one sparsity")
 
 
+Tracker = Literal[
+    "tensorboard", "wandb", "mlflow", "trackio", "comet_ml", "clearml", "aim", "dvclive", "swanlab"
+]
+
+
 class TrainingSection(Section):
     """How long, how much at once, in which numbers, on what."""
 
@@ -236,6 +241,9 @@ class TrainingSection(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_every: Count = Field(100, description="optimizer steps between run checkpoints")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")
+    trackers: tuple[Tracker, ...] = Field(
+        (), strict=False, description="told of every step; their files lie in OUT.logs"
+    )
     parallel: Literal["auto", "none", "ddp", "fsdp"] = Field(
         "auto",
         description="of several processes: ddp, each holds all weights; fsdp, each a part; auto = "

@@ -17,10 +17,8 @@ _PACKAGES = ("hamcli", "torch", "transformers", "safetensors", "accelerate", "nu
 # Another one of these is another run, or only a warning.
 _HARD = ("recipe", "model", "data", "seed")
 _SOFT = ("versions", "device", "threads", "num_processes")
-_DEVICE_KEYS = {
-    "training.device",
-    "training.parallel",
-}  # a place, not a wish: another one is a warning
+# places and watchers, not wishes: another one is no other run
+_DEVICE_KEYS = {"training.device", "training.parallel", "training.trackers"}
 _SHOWN = 2
 _TEXT_LIMIT = 80
 

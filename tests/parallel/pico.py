@@ -26,7 +26,7 @@ QUICK = {
 }
 
 
-def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> Path:
+def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32, layers: int = 2) -> Path:
     """A folder with a causal language model over the tokenizer of ALBERT."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -35,7 +35,7 @@ def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32) -> Path:
         vocab_size=vocabulary,
         hidden_size=hidden,
         intermediate_size=2 * hidden,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=32,
         tie_word_embeddings=tied,

@@ -10,7 +10,7 @@ import pytest
 
 from hamcli.errors import RecipeError, UsageError
 from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
-from hamcli.sparsifying import part_of, refuse_uneven_batch
+from hamcli.parallel.parts import part_of, refuse_uneven_batch
 from tests.parallel.pico import ALBERT, environment
 
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
