@@ -377,7 +377,7 @@ class Sparsification:
         self.done = step
 
     def _exponents(self, optimizer: HAM) -> dict[str, Any] | None:
-        """What the report tells of the last mirror step that was measured, here or before a stop."""
+        """What the report tells of the last mirror step measured, here or before a stop."""
         last = optimizer.exponent_statistics()
         if last is None:
             return self.exponents_before
