@@ -17,7 +17,8 @@ from hamcli.checkpoint.folder import (
     read_json,
 )
 from hamcli.checkpoint.source import Source
-from hamcli.errors import InputRefused
+from hamcli.errors import HamError
+from hamcli.runstate.disk import disk_errors
 
 
 def find_tokenizer(source: Source, task: str, model: Any) -> tuple[Any | None, str]:
@@ -72,14 +73,16 @@ def _from_view(
     with tempfile.TemporaryDirectory(prefix="ham-") as folder:
         view = Path(folder)
         try:
-            for name in names:
-                (view / name).write_bytes(_clean_copy(source.folder, name))
-            (view / CONFIG).write_text(_json(source.config), encoding="utf-8")
+            copies = {name: _clean_copy(source.folder, name) for name in names}
+            copies[CONFIG] = _json(source.config).encode()
+            with disk_errors("cannot copy the tokenizer or image processor", view):
+                for name, data in copies.items():
+                    (view / name).write_bytes(data)
             made = auto_class.from_pretrained(
                 view, trust_remote_code=False, local_files_only=True, **arguments
             )
-        except InputRefused as error:
-            raise error
+        except HamError:  # what a file holds is refused, or the disk is full
+            raise
         except Exception as error:  # noqa: BLE001 - these files are a stranger's too
             first = (str(error).strip().splitlines() or [""])[0]
             return None, f"{type(error).__name__}: {first.replace(folder, '')[:160]}"

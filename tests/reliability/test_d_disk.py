@@ -67,7 +67,7 @@ def test_D2_enospc_midway(job, small_disk):
 
 @pytest.mark.parametrize("kib", [1, 50, 100, 190])
 def test_D2_a_limit_on_the_size_of_files(job, kib):
-    """`ulimit -f`, which safetensors and tokenizers tell in words of their own."""
+    """`ulimit -f`: of copies in TMPDIR, of the configs, of the weights, of a run checkpoint."""
     out = job.new_out(f"d2-limit-{kib}")
     done = job.run(out, file_limit_bytes=kib * 1024)
     assert_clean_error(done, 5, "HAM-E501.*File too large")
