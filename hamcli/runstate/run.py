@@ -119,11 +119,14 @@ class RunState:
         self.close()
 
     def _log_failure(self, error: BaseException) -> None:
-        """What ended the run, and where in the code if `HAM_DEBUG=1` asks for it."""
+        """What ended a run that had begun, and where in the code if `HAM_DEBUG=1` asks for it."""
+        is_debugged = os.environ.get("HAM_DEBUG") == "1"
+        if not is_debugged and not self._has_log():
+            return  # there is nothing to go on with, so nothing stays
         self.log(
             error.line() if isinstance(error, HamError) else f"{type(error).__name__}: {error}"
         )
-        if os.environ.get("HAM_DEBUG") == "1":
+        if is_debugged:
             self.log("".join(traceback.format_exception(error)))
 
     def _refuse_unfinished(self) -> None:
