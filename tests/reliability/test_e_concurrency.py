@@ -11,7 +11,7 @@ import pytest
 from tests.reliability import judge, stops
 from tests.reliability.assertions import assert_clean_error
 from tests.reliability.trials import Job
-from tests.reliability.watching import HERE
+from tests.reliability.hooks import HERE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
