@@ -16,8 +16,9 @@ from hamcli.data import batch
 from hamcli.errors import RecipeError
 from hamcli.objective import without_labels
 from hamcli.opening import Opened
+from hamcli.sparsity.choice import module_of
 from hamcli.sparsity.score import Score, make_activation
-from hamcli.sparsity.targets import Target, Targets, module_of
+from hamcli.sparsity.targets import Target, Targets
 
 OUTLIER_FACTOR = 5.0  # times the mean of a layer; arXiv 2310.05175
 _CONVS = (nn.Conv1d, nn.Conv2d)

@@ -42,6 +42,7 @@ def measure(
     has_labels: bool,
     teacher: nn.Module | None,
     device: torch.device,
+    is_sharded: bool = False,
 ) -> Quality:
     """Measure `model`; it is left in the mode it came in.
 
@@ -52,12 +53,14 @@ def measure(
         has_labels: Whether batches bring labels.
         teacher: The dense model, on `device`; None for no comparison.
         device: Where to compute.
+        is_sharded: Whether the weights are gathered as they are used; every process must measure.
     """
     was_training = model.training
     model.eval()
     sums = _Sums()
     try:
-        with torch.inference_mode():
+        # what is gathered in inference mode could not be trained afterwards
+        with torch.no_grad() if is_sharded else torch.inference_mode():
             for batch in batches:
                 placed = {name: tensor.to(device) for name, tensor in batch.items()}
                 outputs = model(**without_labels(placed))

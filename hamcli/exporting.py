@@ -1,11 +1,12 @@
 """`ham export`: a model folder or a safetensors file, dense <-> packed, bit for bit; no torch.
 
-Tensors stream through in blocks; a result appears whole or not at all.
+Blocks stream through, so that memory is that of a block, whatever the model; a result appears whole
+or not at all.
 """
 
 import os
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +24,9 @@ from hamcli.checkpoint.packed.folders import mark_config, unmark_config
 from hamcli.checkpoint.source import find_weights
 from hamcli.errors import InputRefused, UsageError
 from hamcli.progress import Progress
-from hamcli.runstate import RunState, disk_errors
+from hamcli.report.moving import restate
+from hamcli.runstate import RunState, check_space, disk_errors
+from hamcli.signals import raise_on_signals
 
 NATIVE_FROM = 256 * 2**20
 """Dense bytes from which loading torch for its extension saves more time than it takes."""
@@ -67,6 +70,8 @@ def export(path: Path, form: str, *, out: Path, overwrite: bool, progress: Progr
         InputRefused: There is no model, it is damaged, or it has this form already.
         UsageError: `out` may not be used.
         ResourceError: The disk.
+        Interrupted: Ctrl-C; nothing is kept.
+        Preempted: Another signal; nothing is kept.
     """
     if not path.exists():
         raise InputRefused(
@@ -78,6 +83,8 @@ def export(path: Path, form: str, *, out: Path, overwrite: bool, progress: Progr
     total = sum(map(dense_bytes, headers))
     if total >= NATIVE_FROM:
         native.prepare(progress.stage)
+    if form == "dense":
+        check_space(out.absolute(), total)
     progress.begin_bytes("packing" if form == "packed" else "unpacking", total)
     try:
         if path.is_dir():
@@ -106,34 +113,53 @@ def _export_folder(
     overwrite: bool,
     progress: Progress,
 ) -> dict[str, int]:
-    with RunState(out, inputs=[folder], overwrite=overwrite) as run:
+    with (
+        raise_on_signals() as guard,
+        RunState(out, inputs=[folder], overwrite=overwrite) as run,
+    ):
+        guard.arm()
         stage = run.stage()
         with disk_errors("cannot write the checkpoint", stage):
             _convert(folder, stage, form, weights, progress.bytes_done)
-        names = {
-            file.relative_to(stage).as_posix(): file.stat().st_size
-            for file in sorted(stage.rglob("*"))
-            if file.is_file()
-        }
+            for name in restate(stage, form):
+                progress.warn(f"{name} is not as this version writes it, and stays as it was")
+        names = files_of(stage)
         for left in _left_out(folder, names):
             progress.note(f"not copied: {left}")
+        guard.hold()
         for text in run.publish(stage):
             progress.warn(text)
         run.finish()
     return names
 
 
-def _convert(
-    folder: Path, stage: Path, form: str, weights: dict[str, Header], advance: Advance
-) -> None:
+def files_of(folder: Path) -> dict[str, int]:
+    """Name and bytes of each file in a folder, at any depth."""
+    return {
+        file.relative_to(folder).as_posix(): file.stat().st_size
+        for file in sorted(folder.rglob("*"))
+        if file.is_file()
+    }
+
+
+def copy_beside(folder: Path, stage: Path, names: Sequence[str] = SIDE_FILES) -> None:
+    """Copy the config, as the dense folder has it, and those of the named files that are there."""
     config = find_file(folder, CONFIG)
     if config is not None:
-        marked = mark_config(config) if form == "packed" else unmark_config(config)
-        (stage / CONFIG).write_bytes(marked)
-    for name in (INDEX, *SIDE_FILES, *OUR_FILES):
+        (stage / CONFIG).write_bytes(unmark_config(config))
+    for name in names:
         if (path := find_file(folder, name)) is not None:
             (stage / name).parent.mkdir(exist_ok=True)
             (stage / name).write_bytes(read_bytes(path))
+
+
+def _convert(
+    folder: Path, stage: Path, form: str, weights: dict[str, Header], advance: Advance
+) -> None:
+    copy_beside(folder, stage, (INDEX, *SIDE_FILES, *OUR_FILES))
+    config = find_file(folder, CONFIG)
+    if config is not None and form == "packed":
+        (stage / CONFIG).write_bytes(mark_config(config))
     for name, header in weights.items():
         write = pack_file if form == "packed" else restore_file
         write(header.path, stage / name, advance)
@@ -155,9 +181,11 @@ def _export_file(
     if out.exists() and not overwrite:
         raise UsageError("E112", "the output file exists", out, right="another, or --overwrite")
     stage = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
-    with disk_errors("cannot write the checkpoint", out):
+    with raise_on_signals() as guard, disk_errors("cannot write the checkpoint", out):
         try:
+            guard.arm()
             size = (pack_file if form == "packed" else restore_file)(source, stage, advance)
+            guard.hold()
             os.replace(stage, out)
         finally:
             stage.unlink(missing_ok=True)

@@ -1,12 +1,12 @@
 """The finished folder: written into a stage, opened again as a stranger would, published."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hamcli import __version__
 from hamcli.checkpoint.dense import write_model
@@ -31,8 +31,20 @@ class Written:
     files: tuple[tuple[str, int, str], ...]
 
 
-def write_folder(opened: Opened, model: nn.Module, stage: Path) -> Written:
-    """Write the model and the effective recipe into a staging folder, or a fresh one below it."""
+def write_folder(
+    opened: Opened,
+    model: nn.Module,
+    stage: Path,
+    gather: Callable[[Tensor], Tensor] | None = None,
+) -> Written:
+    """Write the model and the effective recipe into a staging folder, or a fresh one below it.
+
+    Args:
+        opened: The run.
+        model: What is written.
+        stage: Where.
+        gather: As for `write_model`.
+    """
     section = opened.recipe.export
     made = write_model(
         model,
@@ -42,6 +54,7 @@ def write_folder(opened: Opened, model: nn.Module, stage: Path) -> Written:
         max_shard_size=section.max_shard_size,
         tokenizer=opened.loaded.tokenizer,
         image_processor=opened.loaded.image_processor,
+        gather=gather,
     )
     files = {one.path: (one.bytes, one.sha256) for one in made.files}
     if section.format == "packed":
@@ -62,6 +75,23 @@ def reload(opened: Opened, folder: Path, device: torch.device) -> nn.Module:
     """The written model, opened as a stranger's would be."""
     source = find_model(str(folder), hashed=False)
     return load_model(source, opened.loaded.task, dtype="float32").model.to(device)
+
+
+def written_tensors(written: Written) -> Iterator[tuple[str, Tensor]]:
+    """Parameter and tensor as it lies in the files, one after the other.
+
+    Parameters that are split or joined for the disk are left out.
+    """
+    from safetensors import safe_open
+
+    places: dict[str, Path] = {}
+    for path in weight_files(written.stage):
+        with safe_open(path, "pt", backend="pread") as file:
+            places |= dict.fromkeys(file.keys(), path)
+    for name, stored in written.names.items():
+        if len(stored) == 1:
+            with safe_open(places[stored[0]], "pt", backend="pread") as file:
+                yield name, file.get_tensor(stored[0])
 
 
 def finish_folder(report: Report, stage: Path, run: RunState, progress: Progress) -> Report:

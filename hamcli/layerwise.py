@@ -8,8 +8,9 @@ from torch import Tensor
 from hamcli.calibration import Inputs, activation_score, outliers
 from hamcli.errors import RecipeError
 from hamcli.sparsity.allocate import allocate, share_out
-from hamcli.sparsity.masks import Rules, apply_masks_, choose_masks, nonzero_masks, zeros_at_end
+from hamcli.sparsity.masks import apply_masks_, choose_masks, nonzero_masks, zeros_at_end
 from hamcli.sparsity.reconstruct import sparsegpt
+from hamcli.sparsity.rules import Rules
 from hamcli.sparsity.select import n_m_mask
 from hamcli.sparsity.targets import Target, Targets
 

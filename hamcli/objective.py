@@ -7,6 +7,7 @@ Logit distillation: Hinton et al. 2015 (arXiv 1503.02531). What is pruned it doe
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,21 @@ from hamcli.errors import RecipeError
 
 Batch = dict[str, Tensor]
 IGNORED = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one process sees of a batch that several share.
+
+    Attributes:
+        whole: The batch of all processes.
+        size: Number of processes.
+        add: Sums a tensor over them, in place.
+    """
+
+    whole: Batch
+    size: int
+    add: Callable[[Tensor], Tensor]
 
 
 def make_teacher(model: nn.Module) -> nn.Module:
@@ -54,8 +70,22 @@ class Objective:
         """The sum in words."""
         return " + ".join(f"{weight:g} {name}" for name, weight in self.weights.items())
 
-    def __call__(self, model: nn.Module, batch: Batch, teacher: nn.Module | None) -> Tensor:
-        """The scalar loss of one batch."""
+    def __call__(
+        self,
+        model: nn.Module,
+        batch: Batch,
+        teacher: nn.Module | None,
+        part: Part | None = None,
+    ) -> Tensor:
+        """The scalar loss of one batch.
+
+        Args:
+            model: The student.
+            batch: On its device.
+            teacher: The dense model, where a term asks it.
+            part: Where `batch` is one process's part of a batch: the mean over the processes is
+                then the loss of the whole, however the tokens that count are spread.
+        """
         wants_hidden = "hidden" in self.weights
         inputs = dict(batch) if "task" in self.weights else without_labels(batch)
         student = forward(model, inputs, hidden=wants_hidden)
@@ -65,16 +95,36 @@ class Objective:
                 guide = forward(teacher, without_labels(batch), hidden=wants_hidden)
         total = torch.zeros((), device=next(iter(batch.values())).device)
         for name, weight in self.weights.items():
-            total = total + weight * self._term(name, student, guide, batch)
+            here = 1.0
+            if part is not None:
+                here = part.size * self._count(name, batch) / max(1, self._count(name, part.whole))
+            if here == 0:  # nothing counts here: a mean would be NaN, and the others wait
+                total = total + 0 * _outputs(student).sum()
+                continue
+            weight = weight if here == 1 else weight * here
+            total = total + weight * self._term(name, student, guide, batch, part)
         return total
 
-    def _term(self, name: str, student: Any, guide: Any, batch: Batch) -> Tensor:
+    def _count(self, name: str, batch: Batch) -> int:
+        """Over how many places a term is a mean."""
+        rows = len(next(iter(batch.values())))
+        if name == "task" and "labels" in batch:
+            labels = batch["labels"][:, 1:] if self.task == "causal-lm" else batch["labels"]
+            return int((labels != IGNORED).sum())
+        if name == "logits":
+            valid = valid_rows(self.task, batch)
+            return rows if valid is None else int(valid.sum())
+        if name == "hidden" and "attention_mask" in batch:
+            return int(batch["attention_mask"].bool().sum())
+        return rows
+
+    def _term(self, name: str, student: Any, guide: Any, batch: Batch, part: Part | None) -> Tensor:
         if name == "task":
             return student.loss  # type: ignore[no-any-return]  # transformers' outputs are untyped
         if name == "logits":
             return self._logits(student.logits, guide.logits, batch)
         if name == "hidden":
-            return hidden_error(student.hidden_states, guide.hidden_states, batch)
+            return hidden_error(student.hidden_states, guide.hidden_states, batch, part)
         ours, theirs = pooled(student, batch), pooled(guide, batch)
         return (1 - F.cosine_similarity(ours.float(), theirs.float(), dim=-1)).mean()
 
@@ -167,16 +217,34 @@ def divergence(student: Tensor, guide: Tensor, temperature: float) -> Tensor:
     return each.mean() * temperature**2
 
 
-def hidden_error(student: Any, guide: Any, batch: Batch) -> Tensor:
-    """Squared error of the hidden states over the teacher's mean square, averaged over layers."""
+def hidden_error(student: Any, guide: Any, batch: Batch, part: Part | None = None) -> Tensor:
+    """Squared error of the hidden states over the teacher's mean square, averaged over layers.
+
+    The mean square is that of the whole batch, of which this may be a `part`.
+    """
     mask = batch.get("attention_mask")
     errors = []
     for ours, theirs in zip(student, guide, strict=True):
         ours, theirs = ours.float(), theirs.float()
         if mask is not None and ours.dim() == 3:
             ours, theirs = ours[mask.bool()], theirs[mask.bool()]
-        errors.append(F.mse_loss(ours, theirs) / theirs.square().mean().clamp(min=1e-12))
+        square = theirs.square().mean() if part is None else _mean_square(theirs, part)
+        errors.append(F.mse_loss(ours, theirs) / square.clamp(min=1e-12))
     return torch.stack(errors).mean()
+
+
+def _mean_square(states: Tensor, part: Part) -> Tensor:
+    """Mean square over all processes."""
+    sums = torch.stack(
+        [states.square().sum(), torch.tensor(float(states.numel()), device=states.device)]
+    )
+    found = part.add(sums)
+    return found[0] / found[1].clamp(min=1)
+
+
+def _outputs(student: Any) -> Tensor:
+    found: Tensor = getattr(student, "logits", None)  # type: ignore[assignment]  # or None
+    return student.last_hidden_state if found is None else found
 
 
 def pooled(outputs: Any, batch: Batch) -> Tensor:

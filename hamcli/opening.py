@@ -1,27 +1,34 @@
 """From a user's words to everything a run stands on: checked recipe, model, data, targets."""
 
 import hashlib
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from hamcli.checkpoint.loading import LoadedModel, has_head, load_model
 from hamcli.checkpoint.source import Source, find_model, infer_task
+from hamcli.completing import complete, public_recipe
 from hamcli.data import Data, label_names, open_data
-from hamcli.defaults import RECIPE_OF_TASK
 from hamcli.errors import RecipeError, UsageError
 from hamcli.objective import Objective, make_objective
 from hamcli.progress import Progress
-from hamcli.recipe import ReadRecipe, Recipe, read_recipe, recipe_layer, values_layer
-from hamcli.recipe.text import KeyPath, Parsed
+from hamcli.recipe import ReadRecipe, Recipe
 from hamcli.runstate import RunIdentity, installed_versions
-from hamcli.sparsity.masks import Rules, make_rules
-from hamcli.sparsity.methods import settled_allocation
+from hamcli.sparsity.rules import Rules, make_rules, settled_allocation
 from hamcli.sparsity.targets import Targets, select_targets
+
+__all__ = [
+    "Opened",
+    "complete",
+    "data_digests",
+    "objective_of",
+    "open_run",
+    "public_recipe",
+    "rules_of",
+    "run_identity",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,54 +40,6 @@ class Opened:
     loaded: LoadedModel
     data: Data
     targets: Targets
-
-
-def complete(layers: Sequence[Any], *, has_recipe: bool) -> ReadRecipe:
-    """The checked recipe; without one of the user's, that of the model's task lies below."""
-    layers = [_with_levels(layer) for layer in layers]
-    if not has_recipe:
-        said = [layer.data for layer in layers]
-        model = _last(said, "model", "id")
-        task = _last(said, "model", "task") or "auto"
-        if task == "auto" and isinstance(model, str):
-            config = _last(said, "model", "config")
-            source = find_model(model, config=config, hashed=False)
-            task = infer_task(source.config)
-        if task in RECIPE_OF_TASK:
-            layers.insert(0, recipe_layer(RECIPE_OF_TASK[task]))
-            layers.insert(1, values_layer({"model.task": task}, "task"))
-    pattern = _last([layer.data for layer in layers], "sparsity", "pattern")
-    asked = _last([layer.data for layer in layers[1:]], "sparsity", "target")
-    if isinstance(pattern, str) and asked is None and ":" in pattern:
-        kept, _, group = pattern.partition(":")
-        if kept.isdecimal() and group.isdecimal() and 0 < int(kept) < int(group):
-            fixed = values_layer({"sparsity.target": 1 - int(kept) / int(group)}, "pattern")
-            layers.append(fixed)
-    return read_recipe(layers)
-
-
-def _with_levels(layer: Parsed) -> Parsed:
-    """A layer whose `sparsity.target` is a list says the levels of ast instead."""
-    section = layer.data.get("sparsity")
-    target = section.get("target") if isinstance(section, Mapping) else None
-    if not isinstance(section, Mapping) or not isinstance(target, list | tuple) or not target:
-        return layer
-    levels = sorted(set(target))
-    said: dict[str, Any] = {"target": levels[-1]}
-    if len(levels) > 1:
-        said |= {"levels": levels, "method": section.get("method", "ast")}
-    place = layer.places.get(("sparsity", "target"), "")
-    places: dict[KeyPath, str] = {("sparsity", key): place for key in said}
-    return Parsed({**layer.data, "sparsity": {**section, **said}}, {**places, **layer.places})
-
-
-def _last(layers: Sequence[Mapping[str, Any]], section: str, key: str) -> Any:
-    found = None
-    for layer in layers:
-        inner = layer.get(section)
-        if isinstance(inner, Mapping) and inner.get(key) is not None:
-            found = inner[key]
-    return found
 
 
 def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Opened:
@@ -113,11 +72,21 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
     try:
         targets = select_targets(loaded.model, recipe.targets.include, recipe.targets.exclude)
     except RecipeError as error:
-        place = read.place("targets", "exclude" if error.code == "E215" else "include")
-        raise RecipeError(
-            error.code, error.what, place, f"{error.where}: {error.why}", error.right, error.hints
-        ) from None
+        raise _placed(error, read) from None
     return Opened(_resolved(recipe, source, task, targets), source, loaded, data, targets)
+
+
+def _placed(error: RecipeError, read: ReadRecipe) -> RecipeError:
+    """The fault at the line of the recipe that said its key, and those told with it."""
+    return RecipeError(
+        error.code,
+        error.what,
+        read.place(*error.where.split(".")),
+        error.why,
+        error.right,
+        error.hints,
+        [_placed(other, read) for other in error.others],
+    )
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
@@ -176,7 +145,7 @@ def objective_of(opened: Opened) -> Objective:
     )
 
 
-def run_identity(opened: Opened) -> RunIdentity:
+def run_identity(opened: Opened, num_processes: int = 1) -> RunIdentity:
     """All that the bytes of the run depend on."""
     return RunIdentity(
         recipe=public_recipe(opened.recipe),
@@ -186,6 +155,7 @@ def run_identity(opened: Opened) -> RunIdentity:
         versions=installed_versions(),
         device=opened.recipe.training.device,
         threads=torch.get_num_threads(),
+        num_processes=num_processes,
     )
 
 
@@ -198,18 +168,3 @@ def data_digests(recipe: Recipe) -> dict[str, str]:
 def _digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def public_recipe(recipe: Recipe) -> dict[str, Any]:
-    """The recipe as reports show it: paths by their last name."""
-    shown = recipe.as_dict()
-    for section, key in (
-        ("model", "id"),
-        ("model", "config"),
-        ("data", "source"),
-        ("data", "evaluation"),
-    ):
-        value = shown[section][key]
-        if value is not None and os.path.isabs(value):
-            shown[section][key] = Path(value).name
-    return shown

@@ -1,20 +1,14 @@
 """What a run found and wrote, turned into records: counts, sizes, quality, machine, gate."""
 
+import math
 import platform
-import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from hamcli.checkpoint.packed.files import (
-    dense_bytes,
-    dense_stream,
-    packed_bytes,
-    read_any_header,
-)
-from hamcli.checkpoint.recount import count_zeros, weight_files
+from hamcli.checkpoint.recount import count_zeros
 from hamcli.data import Data
 from hamcli.evaluation import Quality, drop
 from hamcli.opening import Opened, data_digests
@@ -27,13 +21,13 @@ from hamcli.report.records import (
     Histogram,
     ModelRecord,
     QualityRecord,
-    SizeRecord,
     SparsityRecord,
     TensorRecord,
 )
 from hamcli.runstate import installed_versions
+from hamcli.sparsity.targets import Targets
+from hamcli.speed import Found, speed_of
 
-GZIP_LEVEL = 6
 BINS = 80
 HISTOGRAM_LIMIT = 2_000_000  # weights; beyond it every n-th counts
 
@@ -85,36 +79,42 @@ def sparsity_record(
     )
 
 
-def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
-    """Bytes of the weight files: dense, packed, and dense as gzip makes them."""
-    written = weight_files(folder)
-    return SizeRecord(
-        dense_bytes=sum(dense_bytes(read_any_header(path)) for path in written),
-        packed_bytes=sum(map(packed_bytes, written)),
-        gzip_bytes=sum(gzip_bytes(path) for path in written),
-        input_bytes=sum(path.stat().st_size for path in inputs),
-        input_gzip_bytes=sum(gzip_bytes(path) for path in inputs),
-    )
-
-
-def gzip_bytes(path: Path) -> int:
-    """Size of the file after gzip, in its dense form, streamed and not kept."""
-    packer = zlib.compressobj(GZIP_LEVEL, zlib.DEFLATED, 31)
-    total = sum(len(packer.compress(block)) for block in dense_stream(path))
-    return total + len(packer.flush())
-
-
 def file_records(folder: Path, files: Sequence[tuple[str, int, str]]) -> tuple[FileRecord, ...]:
     """Path, bytes and digest of each written file."""
     return tuple(FileRecord(path, size, digest) for path, size, digest in files)
 
 
-def histogram(before: Sequence[Tensor], after: Sequence[Tensor]) -> Histogram:
-    """Weights near zero, within one root mean square of the dense ones, before and after."""
-    total = sum(one.numel() for one in before)
-    stride = max(1, total // HISTOGRAM_LIMIT)
-    first = torch.cat([one.detach().flatten()[::stride].float().cpu() for one in before])
-    second = torch.cat([one.detach().flatten()[::stride].float().cpu() for one in after])
+def sampled(tensors: Sequence[Tensor], stride: int, targets: Targets) -> list[Tensor]:
+    """Every `stride`-th weight of each, fp32 on the CPU; of parts, those that the whole would give.
+
+    Args:
+        tensors: Shaped as the targets' weights.
+        stride: At least 1.
+        targets: Say where parts begin.
+    """
+    made = []
+    for one, target in zip(tensors, targets, strict=True):
+        begin = 0
+        if target.part is not None:
+            begin = -target.part.begin * math.prod(target.part.shape[1:]) % stride
+        made.append(one.detach().flatten()[begin::stride].float().cpu())
+    return made
+
+
+def sampling_stride(total: int) -> int:
+    """Which weights the histogram of `total` weights counts: every so manieth."""
+    return max(1, total // HISTOGRAM_LIMIT)
+
+
+def histogram(before: Sequence[Tensor], after: Sequence[Tensor], stride: int) -> Histogram:
+    """Weights near zero, within one root mean square of the dense ones, before and after.
+
+    Args:
+        before: The dense weights, `sampled`.
+        after: The sparse ones.
+        stride: Of the samples.
+    """
+    first, second = torch.cat(list(before)), torch.cat(list(after))
     scale = float(first.square().mean().sqrt()) or 1.0
     edges = torch.linspace(-1, 1, BINS + 1)
     return Histogram(
@@ -129,9 +129,33 @@ def histogram(before: Sequence[Tensor], after: Sequence[Tensor]) -> Histogram:
     )
 
 
+def histogram_of(before: Sequence[Tensor], targets: Targets) -> Histogram:
+    """The histogram of targets that are whole, `before` and now."""
+    stride = sampling_stride(targets.total)
+    samples = [sampled(one, stride, targets) for one in (before, targets.params)]
+    return histogram(samples[0], samples[1], stride)
+
+
 def _bins(values: Tensor) -> tuple[int, ...]:
     alive = values[values != 0]
     return tuple(int(count) for count in torch.histc(alive, bins=BINS, min=-1, max=1))
+
+
+def measured_speed(
+    opened: Opened, model: torch.nn.Module, tensors: Sequence[TensorRecord], device: torch.device
+) -> Found:
+    """Speed of the model as reloaded, some of whose modules become sparse; or why there is none.
+
+    Args:
+        opened: The run.
+        model: From the written files.
+        tensors: As counted there.
+        device: Of the run.
+    """
+    others = (one.dtype for one in tensors if one.dtype != "F32")
+    wanted = opened.recipe.evaluation.speed == "auto"
+    is_cpu = device.type == "cpu"
+    return speed_of(model, wanted=wanted, dtype=next(others, "F32"), is_cpu=is_cpu)
 
 
 def gate_record(
@@ -177,13 +201,15 @@ def model_record(opened: Opened) -> ModelRecord:
         revision=source.revision,
         sha256=dict(source.files),
         task=opened.loaded.task,
-        architecture=type(opened.loaded.model).__name__,
+        architecture=opened.loaded.class_name,
         is_hub=source.revision is not None,
     )
 
 
-def environment_record(device: torch.device, precision: str) -> EnvironmentRecord:
-    """Versions and device; no host name, no path."""
+def environment_record(
+    device: torch.device, precision: str, num_processes: int = 1, parallel: str = "none"
+) -> EnvironmentRecord:
+    """Versions, device and processes; no host name, no path."""
     on_cuda = device.type == "cuda"
     return EnvironmentRecord(
         versions=installed_versions(),
@@ -193,6 +219,8 @@ def environment_record(device: torch.device, precision: str) -> EnvironmentRecor
         precision="fp32" if precision == "no" else precision,
         python=platform.python_version(),
         platform=f"{platform.system()} {platform.machine()}",
+        num_processes=num_processes,
+        parallel=parallel,
     )
 
 

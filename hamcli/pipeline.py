@@ -1,12 +1,14 @@
 """The road of `ham sparsify`, and the function that the library offers: recipe in, report out."""
 
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from hamcli.completing import complete
 from hamcli.defaults import out_folder
 from hamcli.errors import UsageError
-from hamcli.opening import complete, open_run, run_identity
+from hamcli.opening import open_run, run_identity
+from hamcli.parallel.world import World, joined
 from hamcli.progress import Progress, Silent
 from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
 from hamcli.recipe.schema import WITHOUT_TRAINING
@@ -67,6 +69,7 @@ WORDS = {
     "steps": "training.steps",
     "seed": "training.seed",
     "device": "training.device",
+    "parallel": "training.parallel",
     "format": "export.format",
     "max_drop": "gate.max_drop",
 }
@@ -100,30 +103,61 @@ def run_sparsify(
             f"ham prune --method {recipe.sparsity.method}, or another method",
         )
     folder = Path(out) if out is not None else out_folder(recipe.model.id or "", target)
-    if not overwrite and (found := _complete_already(read, folder, progress)) is not None:
-        return found
-    with (
-        stop_on_signals() if stop is None else nullcontext(stop) as stop,
-        RunState(folder, inputs=_inputs(recipe), overwrite=overwrite, resume=resume) as run,
-    ):
+    with joined(recipe.training.parallel, recipe.training.device) as world:
+        if not overwrite and (found := _complete_already(read, folder, progress, world)):
+            return found
+        return _in_world(read, folder, resume, overwrite, keep_run, progress, command, stop, world)
+
+
+def _in_world(
+    read: ReadRecipe,
+    folder: Path,
+    resume: bool,
+    overwrite: bool,
+    keep_run: bool,
+    progress: Progress,
+    command: str,
+    stop: Stop | None,
+    world: World,
+) -> Report:
+    """The run, in each of its processes; process 0 alone has the run folder."""
+    inputs = _inputs(read.recipe)
+    with ExitStack() as stack:
+        if stop is None:
+            stop = stack.enter_context(stop_on_signals())
+        run = None
+        if world.is_main:
+            state = RunState(folder, inputs=inputs, overwrite=overwrite, resume=resume)
+            run = stack.enter_context(state)
         opened = open_run(read, progress)
-        check_out(folder, inputs=[opened.source.folder], overwrite=overwrite)
-        warnings = [*opened.data.notes, *run.begin(run_identity(opened))]
+        warnings = list(opened.data.notes)
+        if run is not None:
+            check_out(folder, inputs=[opened.source.folder], overwrite=overwrite)
+            warnings += run.begin(run_identity(opened, world.size))
         for text in warnings:
             progress.warn(text)
-        report = Sparsification(opened, run, stop, progress, warnings, command).work()
-        run.finish(keep_run=keep_run)
-    return report
+        job = Sparsification(opened, run, stop, progress, warnings, command, world)
+        report = job.work()
+        if run is not None:
+            run.finish(keep_run=keep_run)
+        # the others learn it as people do
+        told = world.tell(report.to_json() if report is not None else None)
+    return report if report is not None else Report.from_json(told)
 
 
-def _complete_already(read: ReadRecipe, folder: Path, progress: Progress) -> Report | None:
+def _complete_already(
+    read: ReadRecipe, folder: Path, progress: Progress, world: World
+) -> Report | None:
     """The report of a folder that this very run has made before; None for any other."""
-    before = finished(folder)
-    if before is None or not before.is_of(run_identity(open_run(read, progress))):
-        return None
-    remove_leftovers(folder)
-    progress.tell(f"{folder} is already complete: nothing was done")
-    return read_report(folder)
+    found = None
+    if world.is_main:
+        before = finished(folder)
+        if before is not None and before.is_of(run_identity(open_run(read, progress))):
+            remove_leftovers(folder)
+            progress.tell(f"{folder} is already complete: nothing was done")
+            found = read_report(folder)
+    told = world.tell(found.to_json() if found is not None else None)
+    return found if found is not None or told is None else Report.from_json(told)
 
 
 def _inputs(recipe: Recipe) -> list[Path]:

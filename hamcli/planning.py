@@ -1,15 +1,19 @@
 """`ham plan`: what a run would do and need, without doing it."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
+from hamcli.checkpoint.loading import DTYPE_NAMES
+from hamcli.checkpoint.reading import TORCH_DTYPES
 from hamcli.data import batch
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, objective_of, open_run, rules_of
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
+from hamcli.shrinking import Pruning, SizeEstimate, estimate_sizes
 from hamcli.sparsity.catalogue import COPIES
 from hamcli.sparsity.factors import KINDS
 
@@ -38,6 +42,7 @@ class Plan:
         disk_bytes: Run checkpoints and result.
         seconds: Estimated training time here, from a few tried steps.
         costs: What method and optimizer cost beside plain training, in words.
+        sizes: What the weight files will shrink to, estimated, and what they would with embeddings.
     """
 
     model: str
@@ -54,6 +59,7 @@ class Plan:
     disk_bytes: int
     seconds: float
     costs: tuple[str, ...] = ()
+    sizes: tuple[SizeEstimate, ...] = ()
 
 
 def plan(read: ReadRecipe, progress: Progress) -> Plan:
@@ -63,6 +69,8 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
     section = recipe.sparsity
     rules = rules_of(opened)
     parameters = sum(param.numel() for param in model.parameters())
+    progress.stage("estimating sizes")
+    sizes = _sizes(opened, read.recipe.targets.exclude)
     progress.stage("trying two steps")
     seconds = _step_seconds(opened) * recipe.training.steps * recipe.training.accumulation
     results = len(section.levels or (section.target,))
@@ -84,6 +92,27 @@ def plan(read: ReadRecipe, progress: Progress) -> Plan:
         disk_bytes=(KEPT * CHECKPOINT_COPIES + results) * 4 * parameters + KEPT * more,
         seconds=seconds,
         costs=costs,
+        sizes=sizes,
+    )
+
+
+def _sizes(opened: Opened, exclude: Sequence[str] | None) -> tuple[SizeEstimate, ...]:
+    recipe = opened.recipe
+    section, said = recipe.sparsity, recipe.export.dtype
+    pruning = Pruning(
+        section.target,
+        section.allocation,
+        section.pattern,
+        section.min_sparsity,
+        section.max_sparsity,
+    )
+    return estimate_sizes(
+        opened.loaded.model,
+        opened.targets,
+        recipe.targets.include,
+        exclude,
+        pruning,
+        TORCH_DTYPES[opened.source.dtype] if said == "auto" else DTYPE_NAMES[said],
     )
 
 

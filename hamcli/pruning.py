@@ -20,6 +20,7 @@ from hamcli.recipe import ReadRecipe
 from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report
 from hamcli.runstate import RunState
+from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import make_score
 from hamcli.sparsity.masks import (
     apply_masks_,
@@ -66,7 +67,10 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
         )
         progress.stage("measuring dense and pruned")
         dense = _measure(opened, teacher, teacher, device)
-        sparse = _measure(opened, reload(opened, written.stage, device), teacher, device)
+        again = reload(opened, written.stage, device)
+        sparse = _measure(opened, again, teacher, device)
+        progress.stage("measuring speed")
+        speed, no_speed = outcome.measured_speed(opened, again, tensors, device)
         quality = outcome.quality_record(dense, sparse, None, opened.data)
         report = Report(
             ham_version=__version__,
@@ -76,14 +80,16 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
-            size=outcome.size_record(written.stage, opened.source.weights),
+            size=size_record(written.stage, opened.source.weights),
             quality=quality,
+            speed=speed,
+            speed_reason=no_speed,
             gate=outcome.gate_record(
                 recipe.gate.max_drop, recipe.gate.min_sparsity, quality.drop, sparsity.achieved
             ),
             command="prune",
             data=outcome.data_record(opened),
-            histogram=outcome.histogram(before, targets.params),
+            histogram=outcome.histogram_of(before, targets),
             warnings=opened.data.notes,
         )
         finish_folder(report, written.stage, run, progress)

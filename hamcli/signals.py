@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
+from hamcli.errors import Interrupted, Preempted
+
 EXIT_PREEMPTED = 75
 EXIT_INTERRUPTED = 130
 
@@ -93,3 +95,62 @@ def _end_at_once(restore_terminal: Callable[[], None] | None) -> None:
         handle = sys.__stderr__.fileno() if sys.__stderr__ is not None else 2
         os.write(handle, (_SHOW_CURSOR if os.isatty(handle) else b"") + _LAST_WORDS)
     os._exit(EXIT_INTERRUPTED)
+
+
+class Guard:
+    """Whether a signal may raise just now: between `arm` and `hold`, once."""
+
+    def __init__(self) -> None:
+        self._is_armed = self._is_held = False
+        self._came: list[int] = []
+
+    def arm(self) -> None:
+        """From now on the first signal raises; one that came before does so here.
+
+        Raises:
+            Interrupted: E902, on Ctrl-C.
+            Preempted: E901, on any other.
+        """
+        self._is_armed = True
+        if self._came:
+            self._raise(self._came[0])
+
+    def hold(self) -> None:
+        """From now on the job comes to its end whatever signals come."""
+        self._is_held = True
+
+    def note(self, number: int, _: FrameType | None) -> None:
+        """A signal came."""
+        self._came.append(number)
+        if self._is_held or not self._is_armed:
+            return
+        if len(self._came) == 1:
+            self._raise(number)
+        if number == signal.SIGINT:
+            _end_at_once(None)
+
+    def _raise(self, number: int) -> None:
+        name = signal.Signals(number).name
+        why = "nothing is kept; the same command starts again"
+        if name == "SIGINT":
+            raise Interrupted("E902", "interrupted", "", why)
+        raise Preempted("E901", f"stopped by {name}", "", why)
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[Guard]:
+    """Let the first of INT, TERM, HUP, USR1 and USR2 raise wherever the armed block is.
+
+    For jobs that keep nothing when stopped: what is half done is cleaned up on the way out, which
+    no further signal but a second Ctrl-C disturbs.
+    """
+    guard = Guard()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in _wanted():
+            before[number] = signal.signal(number, guard.note)
+    try:
+        yield guard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)

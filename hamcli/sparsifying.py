@@ -1,43 +1,72 @@
 """One run of `ham sparsify`: train while zeros come, write, reopen, recount, measure, report."""
 
+import signal
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from hamcli import __version__, native, outcome
+from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
+from hamcli.checkpoint.dense import stored_tensors
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import RecipeError, stopped_by
+from hamcli.errors import RecipeError, ResourceError, Stopped, stopped_by
 from hamcli.evaluation import Quality, measure
-from hamcli.finishing import finish_folder, finish_levels, reload, write_folder
-from hamcli.objective import Objective, make_teacher
+from hamcli.finishing import (
+    Written,
+    finish_folder,
+    finish_levels,
+    reload,
+    write_folder,
+    written_tensors,
+)
+from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
-from hamcli.optim import HAM
+from hamcli.optim import HAM, forms
+from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.shards import Shards, fill_, gathered, local, shard_, shard_teacher, whole
+from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
-from hamcli.report.records import Curves, HamRecord, Report, TrainingRecord
+from hamcli.report.records import (
+    NO_SPEED,
+    Curves,
+    HamRecord,
+    Histogram,
+    QualityRecord,
+    Report,
+    TrainingRecord,
+)
 from hamcli.runstate import Checkpoint, RunState
+from hamcli.runstate.tensors import writing_order
 from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
+from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
 from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.methods import Sparsifier
 from hamcli.sparsity.score import Score
+from hamcli.sparsity.targets import select_targets
+from hamcli.speed import Found
 from hamcli.training import (
+    Engine,
     Hooks,
     find_gradients,
+    has_idle_parameters,
     in_cycles,
     make_accelerator,
+    make_engine,
     train,
     warm_up_and_decay,
 )
 
+_WORDS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
 RUN_PARTS = (
@@ -52,24 +81,42 @@ RUN_PARTS = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class _WeightsTold:
+    """What a report says of the weights themselves."""
+
+    threshold: float | None
+    histogram: Histogram
+    sign_flips: float
+
+
 class Sparsification:
-    """One run of `sparsify`, from opened model to written folder."""
+    """One run of `sparsify`, from opened model to written folder, in each of its processes.
+
+    Process 0 alone holds the run folder, and measures and writes; `run` is None in the others.
+    """
 
     def __init__(
         self,
         opened: Opened,
-        run: RunState,
+        run: RunState | None,
         stop: Stop,
         progress: Progress,
         warnings: list[str],
         command: str,
+        world: World,
     ) -> None:
         self.opened, self.run, self.stop, self.progress = opened, run, stop, progress
+        self.world = world
         self.recipe, self.targets, self.data = opened.recipe, opened.targets, opened.data
         self.warnings, self.command = warnings, command
         self.model = opened.loaded.model
+        self.shards: Shards | None = None
         training = self.recipe.training
-        self.accelerator = make_accelerator(training.device, training.precision)
+        refuse_uneven_batch(training.batch_size, world.size)
+        if world.is_sharded:
+            refuse_unsharded(self.recipe)
+        self.accelerator = make_accelerator(training.device, training.precision, world.size)
         self.device = self.accelerator.device
         self.records: list[StepRecord] = []
         self.seconds_before = 0.0
@@ -78,16 +125,16 @@ class Sparsification:
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
 
-    def work(self) -> Report:
-        """Train, prune, write, reopen, measure, report."""
+    def work(self) -> Report | None:
+        """Train, prune, write, reopen, measure, report; None but in process 0."""
         self._stop_here()
         objective = objective_of(self.opened)
         for note in objective.notes:
             self.progress.note(note)
-        self.model.to(self.device)
+        teacher = self._place()
         dense_weights = [param.detach().to("cpu", copy=True) for param in self.targets.params]
-        teacher = None if self.opened.loaded.new_head else make_teacher(self.model)
         self.progress.stage("measuring the dense model")
+        self._warn_of_parts()
         dense = self._measure(self.model, teacher) if teacher is not None else None
         self._look_at_inputs()
         one_shot = self._one_shot(teacher)
@@ -97,7 +144,15 @@ class Sparsification:
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
-        stage = self.run.stage()
+        if self.shards is not None:
+            course.finish()
+            return self._write_together(
+                self.shards, objective, optimizer, course.sparsifier, teacher, dense, one_shot,
+                dense_weights, seconds,
+            )  # fmt: skip
+        if self.run is None:
+            return None
+        run, stage = self.run, self.run.stage()
 
         def written(folder: Path, target: float) -> Report:
             alone = one_shot if target == self.recipe.sparsity.target else None
@@ -111,22 +166,38 @@ class Sparsification:
             course.finish()
             report = written(stage, self.recipe.sparsity.target)
             self._stop_here()
-            return finish_folder(report, stage, self.run, self.progress)
+            return finish_folder(report, stage, run, self.progress)
         reports = {}
         for level, target in enumerate(levels):
             course.finish_level(level)
             name = f"{target * 100:g}"
             reports[name] = written(stage / name, target)
         self._stop_here()
-        return finish_levels(reports, stage, self.run, self.progress)
+        return finish_levels(reports, stage, run, self.progress)
+
+    def _place(self) -> nn.Module | None:
+        """Put the model on its device, or cut it over the processes; the teacher beside it."""
+        has_teacher = not self.opened.loaded.new_head
+        if not self.world.is_sharded:
+            self.model.to(self.device)
+            return make_teacher(self.model) if has_teacher else None
+        teacher = shard_teacher(self.model, self.world, self.device) if has_teacher else None
+        shard_(self.model, self.world, self.device)
+        if teacher is not None:
+            fill_(teacher, self.model)
+        section = self.recipe.targets
+        cut = select_targets(self.model, section.include, section.exclude)
+        self.shards = Shards(self.model, self.world)
+        self.targets = self.shards.targets(cut)
+        return teacher
 
     def _prepare_step(self) -> None:
-        """Build the native step before the clock of the first step runs, and say so."""
+        """Build or compile the step before the clock of the first step runs, and say so."""
         if self.device.type != "cpu" or self.recipe.optimizer.ham.backend not in ("auto", "cpu"):
             return
-        status = native.prepare(self.progress.stage)
-        if not status.is_available:
-            self.progress.warn(f"{status.reason}; the slower step in plain torch is used")
+        without_extension = forms.prepare(self.progress.stage)
+        if without_extension is not None:
+            self.progress.warn(without_extension)
 
     def _batches(self) -> Iterator[dict[str, Tensor]]:
         section = self.recipe.evaluation
@@ -136,7 +207,10 @@ class Sparsification:
             self._stop_here()  # measuring may take longer than a step
             yield values
 
-    def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality:
+    def _measure(self, model: nn.Module, teacher: nn.Module | None) -> Quality | None:
+        """Quality on the held-out examples, in process 0; the others go on and wait later."""
+        if not (self.world.is_main or self.world.is_sharded):
+            return None
         return measure(
             model,
             self._batches(),
@@ -144,7 +218,18 @@ class Sparsification:
             has_labels=self.data.has_labels,
             teacher=teacher,
             device=self.device,
+            is_sharded=self.world.is_sharded,
         )
+
+    def _warn_of_parts(self) -> None:
+        """Say where several processes do not compute what one would."""
+        if self.world.size > 1 and has_batch_norm(self.model):
+            text = (
+                "batch norm sees each process's own part of the batch: the result is not that of "
+                "one process"
+            )
+            self.warnings.append(text)
+            self.progress.warn(text)
 
     def _look_at_inputs(self) -> None:
         """Of the dense model, what owl and the score wanda stand on; the same when resumed."""
@@ -194,7 +279,7 @@ class Sparsification:
 
     def _optimizer(self, course: Course) -> HAM:
         section = self.recipe.optimizer
-        targeted = {id(param) for param in self.targets.params}
+        targeted = {id(param) for param in self.targets.trained}
         others = [param for param in self.model.parameters() if id(param) not in targeted]
         wide = [param for param in others if param.dim() >= 2]
         flat = [param for param in others if param.dim() < 2]
@@ -238,15 +323,24 @@ class Sparsification:
                 lr = float(optimizer.param_groups[0]["lr"])
                 balance_(pairs, section.bar * lr, optimizer.state)
             optimizer.set_masks(course.after_step(step))
+            if self.shards is not None:
+                self.shards.hide_gradients(self.targets)
             if (step + 1) % every == 0 or step == 0:
                 optimizer.measure_next_step()
             return course.sparsity
+
+        def after_backward(step: int) -> None:
+            if self.shards is not None:
+                self.shards.show_gradients(self.targets)
+            course.after_backward(step)
 
         hooks = Hooks(
             batch_at=lambda micro: batch(
                 self.data, micro, batch_size=training.batch_size, seed=training.seed
             ),
-            loss_of=lambda model, values: objective(model, values, teacher),
+            loss_of=lambda model, values, whole: objective(
+                model, values, teacher, self._part(whole)
+            ),
             lr_at=in_cycles(
                 lambda steps: warm_up_and_decay(
                     section.schedule, peak=section.lr, steps=steps, warmup=section.warmup
@@ -258,12 +352,22 @@ class Sparsification:
             exponents=optimizer.exponent_statistics,
             after_step=after_step,
             before_step=course.before_step,
-            after_backward=course.after_backward,
+            after_backward=after_backward,
             sharpness=section.sam,
             zeros=self.targets.params,
+            part_of=lambda whole: part_of(whole, self.world.rank, self.world.size),
+            mean=self.world.mean,
+            rank=self.world.rank,
+        )
+        engine = make_engine(
+            self.accelerator,
+            self.model,
+            optimizer,
+            is_sharded=self.world.is_sharded,
+            has_idle=self.world.kind == "ddp" and has_idle_parameters(self.model, hooks),
         )
         if done == 0:
-            self._begin(hooks, optimizer, course)
+            self._begin(engine, hooks, optimizer, course)
         if every == 1 or (done + 1) % every == 0:
             optimizer.measure_next_step()
         began = time.monotonic()
@@ -272,10 +376,8 @@ class Sparsification:
         )
         try:
             for record in train(
-                self.model,
-                optimizer,
+                engine,
                 hooks,
-                accelerator=self.accelerator,
                 first_step=done + 1,
                 last_step=training.steps,
                 accumulation=training.accumulation,
@@ -286,26 +388,32 @@ class Sparsification:
                 self.progress.step(record)
                 seconds = self.seconds_before + time.monotonic() - began
                 is_due = record.step % training.checkpoint_every == 0
+                stop = self._stop_agreed()
                 # the last one lets a run that ends while it writes its result go on from here
-                if self.stop.requested or is_due or record.step == training.steps:
+                if stop is not None or is_due or record.step == training.steps:
                     self._save(record.step, optimizer, course, seconds)
-                    self._stop_here()
+                if stop is not None:
+                    raise self._stopped(stop)
         finally:
             self.progress.end_steps()
         return self.seconds_before + time.monotonic() - began
 
-    def _begin(self, hooks: Hooks, optimizer: HAM, course: Course) -> None:
+    def _part(self, whole: dict[str, Tensor]) -> Part | None:
+        return Part(whole, self.world.size, self.world.sum_) if self.world.size > 1 else None
+
+    def _stop_agreed(self) -> str | None:
+        """The signal that stops all processes: the first one's that any of them got."""
+        here = 0 if self.stop.requested is None else int(signal.Signals[self.stop.requested])
+        found = int(self.world.greatest(here))
+        return None if found == 0 else signal.Signals(found).name
+
+    def _begin(self, engine: Engine, hooks: Hooks, optimizer: HAM, course: Course) -> None:
         """Masks that hold before the first step; a first-order score needs gradients for them."""
         training = self.recipe.training
         if self.recipe.sparsity.score == "first-order":
-            find_gradients(
-                self.model,
-                hooks,
-                accelerator=self.accelerator,
-                accumulation=training.accumulation,
-                seed=training.seed,
-            )
-            if not any(bool(one.grad.any()) for one in course.params if one.grad is not None):
+            find_gradients(engine, hooks, accumulation=training.accumulation, seed=training.seed)
+            found = any(bool(one.grad.any()) for one in self.targets.params if one.grad is not None)
+            if not self.world.greatest(found):
                 raise RecipeError(
                     "E228",
                     "no gradient to score by",
@@ -315,6 +423,8 @@ class Sparsification:
                 )
         optimizer.set_masks(course.after_step(0))
         optimizer.zero_grad()
+        if self.shards is not None:
+            self.shards.hide_gradients(self.targets)
 
     def _balanced_pairs(self, course: Course) -> list[tuple[Tensor, Tensor]]:
         if self.recipe.optimizer.bar == 0:
@@ -331,50 +441,74 @@ class Sparsification:
         return pairs
 
     def _preflight(self) -> None:
+        if self.run is None:
+            return
         weights = sum(param.numel() for param in self.model.parameters()) * 4
         more = COPIES.get(self.recipe.sparsity.method, 0) * self.targets.total * 4
         self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=weights)
 
     def _stop_here(self) -> None:
-        """End the run if a signal came; all steps done so far are saved."""
-        if not self.stop.requested:
-            return
-        again = self.command or "the same command"
-        if self.done == 0:
-            nothing = "nothing was saved" if not self.run.resume else "nothing new was saved"
-            nothing += " before the first step"
-            raise stopped_by(self.stop.requested, nothing, last=f"{nothing}; to start: {again}")
-        if "--resume" not in again:
-            again += " --resume"
-        saved = f"saved step {self.done}"
-        raise stopped_by(self.stop.requested, saved, last=f"{saved}; to go on: {again}")
+        """End the run if a signal came, outside of training too.
+
+        Of several processes none may stop alone: they agree on it after a step.
+        """
+        if self.world.size == 1 and self.stop.requested:
+            raise self._stopped(self.stop.requested)
 
     def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
-        state = optimizer.state_dict()
-        moments = {
-            f"{index}.{key}": value
-            for index, entries in state["state"].items()
-            for key, value in entries.items()
-            if isinstance(value, Tensor)
-        }
-        tensors = {
-            "model": _own_tensors(self.model),
-            "optimizer": moments,
-            "sparsifier": course.state(),
-        }
-        self.run.save(
-            step,
-            tensors,
-            {
+        """Save the run, in process 0; the others wait, so that none runs ahead of it."""
+        self._refuse_drift(step)
+        tensors = self._state(optimizer, course)
+        if self.run is not None:
+            values = {
                 "exponents": self._exponents(optimizer),
-                "groups": state["param_groups"],
+                "groups": optimizer.state_dict()["param_groups"],
                 "records": [asdict(record) for record in self.records],
                 "seconds": seconds,
                 # a moment that is missing would not be missed: the optimizer would begin it anew
                 "tensors": {stem: sorted(named) for stem, named in tensors.items()},
-            },
-        )
+            }
+            self.run.save(step, tensors, values)
+        elif self.shards is not None:  # process 0 asks for whole tensors, one after the other
+            for stem in sorted(tensors):
+                for name in writing_order(tensors[stem]):
+                    whole(tensors[stem][name])
+        self.world.barrier()
         self.done = step
+
+    def _refuse_drift(self, step: int) -> None:
+        """See that the processes hold the same weights, to the bit.
+
+        Raises:
+            ResourceError: E546, they do not.
+        """
+        if self.world.kind != "ddp":
+            return
+        sums = self.world.gather([fingerprint(self.targets.params)])
+        if len(np.unique(sums)) > 1:
+            raise ResourceError(
+                "E546",
+                "the processes hold different weights",
+                f"step {step}",
+                f"the sums of their bits are {sums.flatten().tolist()[:4]}",
+                "the same hardware and software in every process",
+            )
+
+    def _state(self, optimizer: HAM, course: Course) -> dict[str, dict[str, Tensor]]:
+        """All tensors of the run by file and name; those that are cut, as DTensors."""
+        held = optimizer.state_dict()["state"]
+        tensors = {
+            f"{index}.{key}": value
+            for index, entries in held.items()
+            for key, value in entries.items()
+            if isinstance(value, Tensor)
+        }
+        kept = course.state()
+        if self.shards is not None:
+            for target in self.targets:
+                if (key := f"mask.{target.name}") in kept and target.part is not None:
+                    kept[key] = self.shards.joined(kept[key], target.part.source)
+        return {"model": _own_tensors(self.model), "optimizer": tensors, "sparsifier": kept}
 
     def _exponents(self, optimizer: HAM) -> dict[str, Any] | None:
         """What the report tells of the last mirror step measured, here or before a stop."""
@@ -388,37 +522,82 @@ class Sparsification:
         }
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
-        if not self.run.resume:
-            return 0
-        found, notes = self.run.newest_valid(RUN_PARTS)
-        assert found is not None
-        for note in notes:
-            self.warnings.append(note)
-            self.progress.warn(note)
-        self._restore(found, optimizer, course)
-        self.done = found.step
-        self.progress.tell(
-            f"going on from step {found.step} of {self.recipe.training.steps}, "
-            f"the newest run checkpoint of {self.run.folder}"
-        )
-        return found.step
+        found = None
+        if self.run is not None and self.run.resume:
+            found, notes = self.run.newest_valid(RUN_PARTS)
+            assert found is not None
+            for note in notes:
+                self.warnings.append(note)
+                self.progress.warn(note)
+        step = int(self.world.tell(0 if found is None else found.step))
+        if step > 0:
+            self._restore(found, optimizer, course)
+            self.done = step
+            place = f", the newest run checkpoint of {self.run.folder}" if self.run else ""
+            self.progress.tell(f"going on from step {step} of {self.recipe.training.steps}{place}")
+        return step
 
-    def _restore(self, found: Checkpoint, optimizer: HAM, course: Course) -> None:
+    def _restore(self, found: Checkpoint | None, optimizer: HAM, course: Course) -> None:
+        """Go on from a checkpoint, which process 0 reads for all."""
+
+        def shared(
+            stem: str, names: set[str] | None = None, like: Mapping[str, Tensor] | None = None
+        ) -> dict[str, Tensor]:
+            here = None if found is None else found.tensors(stem, names)
+            return self.world.share(here, self._cutting(like or {}))
+
+        values = self.world.tell(None if found is None else found.values)
         own = _own_tensors(self.model)
-        saved = found.tensors("model", set(own))
+        saved = shared("model", set(own), own)
         with torch.no_grad():
             for name, tensor in own.items():
                 tensor.copy_(saved[name])
+        params = [one for group in optimizer.param_groups for one in group["params"]]
         entries: dict[int, dict[str, Tensor]] = {}
-        names = found.values["tensors"]
-        for name, tensor in found.tensors("optimizer", names["optimizer"]).items():
+        names = {stem: set(named) for stem, named in values["tensors"].items()}
+        for name, tensor in shared(
+            "optimizer", names["optimizer"], dict(enumerate_names(params))
+        ).items():
             index, _, key = name.partition(".")
             entries.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": entries, "param_groups": found.values["groups"]})
-        course.load_state(found.tensors("sparsifier", names["sparsifier"]))
-        self.records = [StepRecord(**record) for record in found.values["records"]]
-        self.seconds_before = float(found.values["seconds"])
-        self.exponents_before = found.values["exponents"]
+        optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
+        masks = {f"mask.{one.name}": one.part.source for one in self.targets if one.part}
+        kept = shared("sparsifier", names["sparsifier"], masks)
+        course.load_state({key: local(one) if key in masks else one for key, one in kept.items()})
+        self.records = [StepRecord(**record) for record in values["records"]]
+        self.seconds_before = float(values["seconds"])
+        self.exponents_before = values["exponents"]
+
+    def _cutting(self, like: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor] | None:
+        """What of each whole tensor stays here, given the parameter that it belongs to.
+
+        `optimizer` files name a parameter by its number before the first dot.
+        """
+        shards = self.shards
+        if shards is None:
+            return None
+
+        def cut(name: str, tensor: Tensor) -> Tensor:
+            param = like.get(name, like.get(name.partition(".")[0]))
+            if param is None or not hasattr(param, "to_local") or tensor.shape != param.shape:
+                return tensor
+            return shards.cut(tensor, param)
+
+        return cut
+
+    def _stopped(self, name: str) -> Stopped:
+        """The error of a run that a signal stopped; all steps done so far are saved."""
+        again = self.command or "the same command"
+        if self.world.size > 1:
+            again = "the same launch with"
+        if self.done == 0:
+            is_anew = self.run is None or not self.run.resume
+            nothing = f"nothing {'' if is_anew else 'new '}was saved before the first step"
+            return stopped_by(name, nothing, last=f"{nothing}; to start: {again}")
+        if "--resume" not in again:
+            again += " --resume"
+        saved = f"saved step {self.done}"
+        return stopped_by(name, saved, last=f"{saved}; to go on: {again}")
 
     # ---- the end ----
 
@@ -433,7 +612,10 @@ class Sparsification:
             for weights, mask in zip(dense, sparsifier.masks, strict=True)
             if bool((~mask).any())
         ]
-        return max(dropped, default=None)
+        largest = max(dropped, default=-1.0)
+        if self.shards is not None:
+            largest = self.world.greatest(largest)
+        return largest if largest >= 0 else None
 
     def _write(
         self,
@@ -449,17 +631,108 @@ class Sparsification:
         seconds: float,
     ) -> Report:
         """Write the model into a staging folder, recount and measure it there."""
-        section = self.recipe.sparsity
-        threshold = self._threshold(dense_weights, sparsifier)
         self._stop_here()
+        found = self._weights_told(dense_weights, sparsifier)
         self.progress.stage("writing and recounting")
         written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
+        self.progress.stage("measuring the written model")
+        again = reload(self.opened, written.stage, self.device)
+        sparse = self._measure(again, teacher)
+        assert sparse is not None, "process 0 measures"
+        self.progress.stage("measuring speed")
+        speed = outcome.measured_speed(self.opened, again, tensors, self.device)
+        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
+        return self._report(
+            written, tensors, target, quality, speed, found, objective, optimizer, sparsifier,
+            seconds,
+        )  # fmt: skip
+
+    def _write_together(
+        self,
+        shards: Shards,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        teacher: nn.Module | None,
+        dense: Quality | None,
+        one_shot: Quality | None,
+        dense_weights: Sequence[Tensor],
+        seconds: float,
+    ) -> Report | None:
+        """The same of a model that is cut: process 0 writes what all give, and reads it back."""
+        found = self._weights_told(dense_weights, sparsifier)
+        self.progress.stage("writing and recounting")
+        run, written = self.run, None
+        if run is not None:
+            written = write_folder(self.opened, self.model, run.stage(), gather=whole)
+        else:
+            for tensor in stored_tensors(self.model):
+                whole(tensor)
+        self.progress.stage("measuring the written model")
+        self._read_back(shards, written)
+        sparse = self._measure(self.model, teacher)
+        if run is None or written is None or sparse is None:
+            return None
+        tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
+        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
+        report = self._report(
+            written, tensors, self.recipe.sparsity.target, quality, (None, NO_SPEED), found,
+            objective, optimizer, sparsifier, seconds,
+        )  # fmt: skip
+        return finish_folder(report, written.stage, run, self.progress)
+
+    @torch.no_grad()
+    def _read_back(self, shards: Shards, written: Written | None) -> None:
+        """Give the model the weights that lie in the files, one tensor after the other."""
+        own = _own_tensors(self.model)
+        files = None if written is None else written_tensors(written)
+        names = None if written is None else [n for n, s in written.names.items() if len(s) == 1]
+        for name in self.world.tell(names):
+            here = torch.empty(own[name].shape, dtype=torch.float32)
+            if files is not None:
+                found, tensor = next(files)
+                assert found == name
+                here.copy_(tensor)
+            self.world.broadcast(here)
+            own[name].copy_(shards.cut(here, own[name]))
+
+    def _weights_told(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> _WeightsTold:
+        """What the weights tell before they are written; in all processes that hold parts."""
+        stride = outcome.sampling_stride(self.targets.total)
+        samples = [
+            outcome.sampled(one, stride, self.targets) for one in (dense, self.targets.params)
+        ]
+        if self.shards is not None:
+            samples = [list(gathered(self.world, one)) for one in samples]
+        alive, flipped = sign_flips(dense, self.targets.params)
+        if self.shards is not None:
+            alive, flipped = (int(one) for one in self.world.add([alive, flipped]))
+        return _WeightsTold(
+            threshold=self._threshold(dense, sparsifier),
+            histogram=outcome.histogram(samples[0], samples[1], stride),
+            sign_flips=flipped / alive if alive else 0.0,
+        )
+
+    def _report(
+        self,
+        written: Written,
+        tensors: Any,
+        target: float,
+        quality: QualityRecord,
+        speed: Found,
+        found: _WeightsTold,
+        objective: Objective,
+        optimizer: HAM,
+        sparsifier: Sparsifier,
+        seconds: float,
+    ) -> Report:
+        section = self.recipe.sparsity
         sparsity = outcome.sparsity_record(
             tensors,
             target,
             num_parameters=sum(param.numel() for param in self.model.parameters()),
-            threshold=threshold,
+            threshold=found.threshold,
             natural_zeros=sparsifier.natural_zeros,
             method=section.method,
             allocation=section.allocation,
@@ -467,21 +740,25 @@ class Sparsification:
         )
         if sparsity.zeros < sparsifier.num_zeros:
             raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
-        self.progress.stage("measuring the written model")
-        sparse = self._measure(reload(self.opened, written.stage, self.device), teacher)
-        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
         self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
         return Report(
             ham_version=__version__,
             model=outcome.model_record(self.opened),
             recipe=public_recipe(self.recipe),
-            environment=outcome.environment_record(self.device, self.accelerator.mixed_precision),
+            environment=outcome.environment_record(
+                self.device,
+                self.accelerator.mixed_precision,
+                self.accelerator.num_processes,
+                self.world.kind,
+            ),
             sparsity=sparsity,
             tensors=tensors,
             files=outcome.file_records(written.stage, written.files),
-            size=outcome.size_record(written.stage, self.opened.source.weights),
+            size=size_record(written.stage, self.opened.source.weights),
             quality=quality,
-            training=self._training_record(objective, optimizer, dense_weights, seconds),
+            speed=speed[0],
+            speed_reason=speed[1],
+            training=self._training_record(objective, optimizer, found.sign_flips, seconds),
             gate=outcome.gate_record(
                 self.recipe.gate.max_drop,
                 self.recipe.gate.min_sparsity,
@@ -489,7 +766,7 @@ class Sparsification:
                 sparsity.achieved,
             ),
             data=outcome.data_record(self.opened),
-            histogram=outcome.histogram(dense_weights, self.targets.params),
+            histogram=found.histogram,
             warnings=tuple(self.warnings),
         )
 
@@ -507,7 +784,7 @@ class Sparsification:
             self.progress.warn(text)
 
     def _training_record(
-        self, objective: Objective, optimizer: HAM, dense: Sequence[Tensor], seconds: float
+        self, objective: Objective, optimizer: HAM, flips: float, seconds: float
     ) -> TrainingRecord:
         means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
         greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
@@ -531,7 +808,7 @@ class Sparsification:
             steps=training.steps,
             seconds=round(seconds, 1),
             ham_moved_fraction=_mean(moved),
-            sign_flips=sign_flips(dense, self.targets.params),
+            sign_flips=flips,
             curves=Curves.from_rows(curve_rows(self.records), limit=500),
             ham=ham if is_on else None,
             batch_size=training.batch_size * training.accumulation,
@@ -552,8 +829,46 @@ def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
     return rows
 
 
+def refuse_uneven_batch(batch_size: int, num_processes: int) -> None:
+    """Raise RecipeError E244 unless each process gets as many examples of a batch."""
+    if batch_size % num_processes:
+        raise RecipeError(
+            "E244",
+            "the batch cannot be shared out evenly",
+            "training.batch_size",
+            f"{batch_size} examples to {num_processes} processes",
+            f"a multiple of {num_processes}, as {-(-batch_size // num_processes) * num_processes}",
+        )
+
+
+def part_of(whole: dict[str, Tensor], rank: int, size: int) -> dict[str, Tensor]:
+    """The rows of a batch that one of several processes computes."""
+    rows = len(next(iter(whole.values()))) // size
+    return {name: tensor[rank * rows : (rank + 1) * rows] for name, tensor in whole.items()}
+
+
+def has_batch_norm(model: nn.Module) -> bool:
+    """Whether any layer's output depends on the other examples of the batch."""
+    return any(isinstance(module, nn.modules.batchnorm._BatchNorm) for module in model.modules())
+
+
+@torch.no_grad()
+def fingerprint(tensors: Sequence[Tensor]) -> int:
+    """Sum of the bits of all tensors, as integers that wrap around."""
+    total = 0
+    for place, tensor in enumerate(tensors):
+        bits = tensor.detach().contiguous().view(_WORDS[tensor.element_size()])
+        total += (place + 1) * int(bits.sum(dtype=torch.int64))
+    return total % 2**62
+
+
 def _mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
+
+
+def enumerate_names(params: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """Parameters by their number, as text."""
+    return ((str(index), param) for index, param in enumerate(params))
 
 
 def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -561,14 +876,14 @@ def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters()), **dict(model.named_buffers())}
 
 
-def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> float:
-    """Share of the surviving weights whose sign is not the dense model's."""
+def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[int, int]:
+    """How many weights survive, and how many of them have not the dense model's sign."""
     alive = flipped = 0
     for old, new in zip(before, after, strict=True):
         kept = new.detach().cpu()
         alive += int(kept.count_nonzero())
         flipped += int((torch.sign(kept) * torch.sign(old) < 0).sum())
-    return flipped / alive if alive else 0.0
+    return alive, flipped
 
 
 # ---- what sparsify and prune share ----

@@ -7,20 +7,23 @@ run bit for bit. accelerate brings precision, devices and processes.
 
 import itertools
 import math
+import os
+import warnings
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hamcli.errors import Diverged
+from hamcli.errors import Diverged, ResourceError
 from hamcli.progress import StepRecord
 from hamcli.sharpness import uphill
 
 Batch = dict[str, Tensor]
+RANK_STRIDE = 0x9E3779B97F4A7C15  # odd, and near 2^64 over the golden ratio: seeds far apart
 
 
 class Exponents(Protocol):
@@ -45,7 +48,8 @@ class Hooks:
 
     Attributes:
         batch_at: Micro-step (from 0) to a batch on the CPU.
-        loss_of: Model and batch to a scalar loss.
+        loss_of: Model, this process's part of a batch, and the whole batch to a scalar loss whose
+            mean over the processes is the loss of the whole.
         lr_at: Optimizer step (from 1) to the learning rate of that step.
         measures: Whether the optimizer measures its mirror step on this step.
         exponents: The last measurement.
@@ -55,10 +59,13 @@ class Hooks:
         after_backward: Called after the last backward pass of a step, before clipping.
         sharpness: Radius rho of the ascent of sharpness-aware minimisation; 0 for none.
         zeros: Weights that the ascent leaves at zero where they are zero.
+        part_of: A batch to this process's part of it.
+        mean: A number to its mean over the processes.
+        rank: Of this process; each has random numbers of its own.
     """
 
     batch_at: Callable[[int], Batch]
-    loss_of: Callable[[nn.Module, Batch], Tensor]
+    loss_of: Callable[[nn.Module, Batch, Batch], Tensor]
     lr_at: Callable[[int], float]
     measures: Callable[[int], bool]
     exponents: Callable[[], Exponents | None]
@@ -67,14 +74,83 @@ class Hooks:
     after_backward: Callable[[int], None] = lambda step: None
     sharpness: float = 0.0
     zeros: Sequence[Tensor] = ()
+    part_of: Callable[[Batch], Batch] = lambda batch: batch
+    mean: Callable[[float], float] = lambda number: number
+    rank: int = 0
 
 
-def make_accelerator(device: str, precision: str) -> Any:
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """Model and optimizer as accelerate runs them; made by `make_engine`.
+
+    Attributes:
+        accelerator: Precision, device, processes.
+        model: The module itself.
+        wrapped: What is called: the module, or DDP around it.
+        optimizer: The optimizer itself.
+        stepper: What steps: with fp16 it may skip.
+        is_sharded: Whether each process holds a part of every tensor.
+    """
+
+    accelerator: Any
+    model: nn.Module
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    stepper: Any
+    is_sharded: bool = False
+
+    @contextmanager
+    def synchronised(self, is_last: bool) -> Iterator[None]:
+        """Inside, a backward pass exchanges gradients only where it is the step's last one."""
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)  # type: ignore[operator]  # of FSDPModule
+        with nullcontext() if is_last else self.accelerator.no_sync(self.wrapped):
+            yield
+
+    def clip(self, params: Sequence[Tensor], limit: float) -> float:
+        """Clip the gradients to a global norm; returns the norm before, over all processes."""
+        norm = self.accelerator.clip_grad_norm_(params, limit)
+        return float(norm.full_tensor() if self.is_sharded else norm)
+
+
+def make_engine(
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    *,
+    is_sharded: bool = False,
+    has_idle: bool = False,
+) -> Engine:
+    """Prepare model and optimizer, once a run.
+
+    Args:
+        accelerator: From `make_accelerator`.
+        model: On its device.
+        optimizer: Holds the parameters of `model`, or what they are made of.
+        is_sharded: Whether the model is sharded already, and needs no wrapper.
+        has_idle: Whether some parameters get no gradient: DDP must look for them.
+    """
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=has_idle)
+    if is_sharded:
+        return Engine(accelerator, model, model, optimizer, accelerator.prepare(optimizer), True)
+    wrapped, stepper = accelerator.prepare(model, optimizer)
+    # of 1x1 convolutions, whose gradient lies in memory as well one way as the other
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    return Engine(accelerator, model, wrapped, optimizer, stepper)
+
+
+def make_accelerator(device: str, precision: str, num_processes: int = 1) -> Any:
     """An `accelerate.Accelerator` for one device name and one precision.
 
     Args:
         device: auto, cpu, mps, cuda or cuda:N.
         precision: auto, fp32, bf16 or fp16; auto is bf16 on a GPU that has it, else fp32.
+        num_processes: That have met; the process group stands.
+
+    Raises:
+        ResourceError: E546, accelerate counts other processes.
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
@@ -86,10 +162,21 @@ def make_accelerator(device: str, precision: str) -> Any:
         precision = "bf16" if on_cuda and torch.cuda.is_bf16_supported() else "fp32"
     # One process may run several jobs; accelerate keeps the first one's settings otherwise.
     AcceleratorState._reset_state(reset_partial_state=True)
-    return Accelerator(
-        cpu=device == "cpu",
+    # a config of `accelerate launch` may ask for FSDP, which is applied elsewhere: accelerate's own
+    # ignores a CPU, and swaps the parameters that targets and optimizer stand on
+    os.environ.pop("ACCELERATE_USE_FSDP", None)
+    made = Accelerator(
+        cpu=device == "cpu" or (num_processes > 1 and not on_cuda),
         mixed_precision="no" if precision == "fp32" else precision,
     )
+    if made.num_processes != num_processes:
+        raise ResourceError(
+            "E546",
+            "the processes are not those of the launcher",
+            "",
+            f"accelerate counts {made.num_processes}, {num_processes} have met",
+        )
+    return made
 
 
 def warm_up_and_decay(
@@ -140,11 +227,9 @@ def in_cycles(
 
 
 def train(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    engine: Engine,
     hooks: Hooks,
     *,
-    accelerator: Any,
     first_step: int,
     last_step: int,
     accumulation: int,
@@ -162,69 +247,82 @@ def train(
         Diverged: The loss or the gradient became non-finite; the weights are those of the step
             before.
     """
-    wrapped, stepper = accelerator.prepare(model, optimizer)
+    optimizer = engine.optimizer
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    wrapped.train()
+    engine.wrapped.train()
     for step in range(first_step, last_step + 1):
         lr = hooks.lr_at(step)
         for group in optimizer.param_groups:
             group["lr"] = lr
         hooks.before_step(step)
-        loss = _accumulate(wrapped, hooks, step, accelerator, accumulation, seed)
+        loss = _accumulate(engine, hooks, step, accumulation, seed)
         if hooks.sharpness > 0:
-            with uphill(model, hooks.sharpness, hooks.zeros):
-                _accumulate(wrapped, hooks, step, accelerator, accumulation, seed)
+            with uphill(engine.model, hooks.sharpness, hooks.zeros):
+                _accumulate(engine, hooks, step, accumulation, seed)
         hooks.after_backward(step)
-        norm = accelerator.clip_grad_norm_(params, max_grad_norm if max_grad_norm > 0 else math.inf)
-        may_skip = getattr(accelerator, "scaler", None) is not None
-        _refuse_divergence(step, loss, float(norm), model, may_skip=may_skip)
-        stepper.step()
+        norm = engine.clip(params, max_grad_norm if max_grad_norm > 0 else math.inf)
+        may_skip = getattr(engine.accelerator, "scaler", None) is not None
+        _refuse_divergence(step, loss, norm, engine.model, may_skip=may_skip)
+        engine.stepper.step()
         measured = hooks.exponents() if hooks.measures(step) else None
         sparsity = hooks.after_step(step)
-        stepper.zero_grad()
+        engine.stepper.zero_grad()
         yield StepRecord(
             step=step,
             loss=loss,
             sparsity=sparsity,
             lr=lr,
-            grad_norm=float(norm),
+            grad_norm=norm,
             exponent_mean=measured.mean if measured else None,
             exponent_max=measured.max if measured else None,
             moved_fraction=measured.moved_fraction if measured else None,
         )
 
 
-def find_gradients(
-    model: nn.Module, hooks: Hooks, *, accelerator: Any, accumulation: int, seed: int
-) -> None:
+def find_gradients(engine: Engine, hooks: Hooks, *, accumulation: int, seed: int) -> None:
     """Gradients of the first step's batches, for masks that are chosen before the first step."""
-    model.train()
+    engine.wrapped.train()
     hooks.before_step(1)
-    _accumulate(accelerator.prepare(model), hooks, 1, accelerator, accumulation, seed)
+    _accumulate(engine, hooks, 1, accumulation, seed)
     hooks.after_backward(1)
 
 
-def _accumulate(
-    model: nn.Module, hooks: Hooks, step: int, accelerator: Any, accumulation: int, seed: int
-) -> float:
+def has_idle_parameters(model: nn.Module, hooks: Hooks) -> bool:
+    """Whether the loss leaves a trained parameter of the unwrapped model without a gradient.
+
+    Looked at in eval mode, which changes no statistics and draws no random numbers.
+    """
+    model.eval()
+    whole = hooks.batch_at(0)
+    device = next(model.parameters()).device
+    hooks.loss_of(model, to_device(hooks.part_of(whole), device), whole).backward()  # type: ignore[no-untyped-call]  # torch's
+    idle = any(param.requires_grad and param.grad is None for param in model.parameters())
+    for param in model.parameters():
+        param.grad = None
+    return idle
+
+
+def _accumulate(engine: Engine, hooks: Hooks, step: int, accumulation: int, seed: int) -> float:
     """Gradients of one optimizer step: the mean over its micro-steps. Returns the mean loss."""
     total = 0.0
+    accelerator = engine.accelerator
     for part in range(accumulation):
         micro_step = (step - 1) * accumulation + part
-        batch = to_device(hooks.batch_at(micro_step), accelerator.device)
+        whole = hooks.batch_at(micro_step)
+        batch = to_device(hooks.part_of(whole), accelerator.device)
         # Dropout of a step must not depend on what ran before it, or a resumed run would differ.
-        torch.manual_seed(step_seed(seed, micro_step))
-        is_last = part == accumulation - 1
-        with nullcontext() if is_last else accelerator.no_sync(model), accelerator.autocast():
-            loss = hooks.loss_of(model, batch)
-        accelerator.backward(loss / accumulation)
+        torch.manual_seed(step_seed(seed, micro_step, hooks.rank))
+        with engine.synchronised(part == accumulation - 1):
+            with accelerator.autocast():
+                loss = hooks.loss_of(engine.wrapped, batch, whole)
+            accelerator.backward(loss / accumulation)
         total += float(loss.detach())
-    return total / accumulation
+    return hooks.mean(total / accumulation)
 
 
-def step_seed(seed: int, micro_step: int) -> int:
-    """A seed of its own for each of the first 2^31 micro-steps."""
-    return (seed << 31) + micro_step
+def step_seed(seed: int, micro_step: int, rank: int = 0) -> int:
+    """A seed of its own for each of the first 2^31 micro-steps of each process."""
+    return ((seed << 31) + micro_step + rank * RANK_STRIDE) % 2**64
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -254,6 +352,7 @@ def first_non_finite(
 ) -> str | None:
     """Name of the first tensor that holds NaN or infinity."""
     for name, tensor in named:
-        if tensor is not None and not bool(torch.isfinite(tensor).all()):
+        held = getattr(tensor, "to_local", lambda: tensor)()  # noqa: B023 - called at once
+        if held is not None and not bool(torch.isfinite(held).all()):
             return name
     return None

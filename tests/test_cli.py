@@ -104,7 +104,7 @@ def test_prune_is_exact_and_trains_nothing(tmp_path):
 
 
 def test_inspect_counts_and_eval_measures(sparse, tmp_path):
-    found = json.loads(ham("inspect", sparse[0], "--json", cwd=tmp_path).stdout)
+    found = json.loads(ham("inspect", sparse[0], "--values", "--json", cwd=tmp_path).stdout)
     assert found["matrix_zeros"] >= sparse[1]["sparsity"]["zeros"]
     words = ["eval", sparse[0], "--against", RESNET, "--json", "--set", "evaluation.examples=32"]
     found = json.loads(ham(*words, cwd=tmp_path).stdout)
@@ -212,7 +212,8 @@ def test_packed_and_back_is_bit_for_bit_and_both_are_read(sparse, tmp_path):
         "passed: sparsity 0.9 " in ham("check", packed, "--min-sparsity", 0.9, cwd=tmp_path).stdout
     )
     seen = [
-        json.loads(ham("inspect", one, "--json", cwd=tmp_path).stdout) for one in (dense, packed)
+        json.loads(ham("inspect", one, "--values", "--json", cwd=tmp_path).stdout)
+        for one in (dense, packed)
     ]
     assert [one["zeros"] for one in seen[0]["tensors"]] == [
         one["zeros"] for one in seen[1]["tensors"]

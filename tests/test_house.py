@@ -9,7 +9,9 @@ import hamcli
 
 PACKAGE = Path(hamcli.__file__).parent
 LAZY = {"transformers", "datasets", "accelerate", "triton", "matplotlib", "scipy"}
-TORCHLESS = ("errors.py", "recipe", "progress.py", "cli/", "console.py", "gate.py", "defaults.py")
+LAZY |= {"onnx", "onnxruntime", "openvino"}
+TORCHLESS = ("errors.py", "recipe", "progress.py", "cli/", "console.py", "gate.py", "defaults.py",
+             "parallel/launch.py", "parallel/mates.py", "parallel/__init__.py")  # fmt: skip
 
 
 # modules that nobody imports who lacks the library

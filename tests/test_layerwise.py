@@ -7,9 +7,9 @@ from torch import nn
 from hamcli.calibration import activation_score, norms, outliers, watch
 from hamcli.errors import RecipeError
 from hamcli.layerwise import as_rows, from_rows, prune_layers_, row_mask
-from hamcli.sparsity.masks import make_rules
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.reconstruct import sparsegpt
-from hamcli.sparsity.select import num_zeros
+from hamcli.sparsity.rules import make_rules
 from hamcli.sparsity.targets import Target, Targets
 from tests.sparsity import pico
 

@@ -17,6 +17,7 @@ from hamcli.checkpoint.headers import FLOATS
 from hamcli.checkpoint.loading import load_model
 from hamcli.checkpoint.source import Source, find_model, infer_task
 from hamcli.errors import InputRefused, ResourceError
+from hamcli.optim import jit
 from hamcli.progress import Progress
 
 SEQUENCES, TOKENS = 16, 64
@@ -83,6 +84,7 @@ def bench_model(
     shapes = _shapes(source)
     _refuse_too_large(shapes, model)
     native.prepare(progress.stage)
+    jit.prepare(progress.stage)
     weights_dtype = getattr(torch, dtype)
     before = torch.get_num_threads()
     torch.set_num_threads(threads or before)

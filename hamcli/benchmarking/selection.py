@@ -23,8 +23,9 @@ from hamcli.benchmarking.measuring import (
     time_rounds,
 )
 from hamcli.native import selection
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.score import Scores
-from hamcli.sparsity.select import find_threshold, global_masks, num_zeros
+from hamcli.sparsity.select import find_threshold, global_masks
 
 SPARSITY = 0.9
 

@@ -7,7 +7,8 @@ them; what is compared is medians inside one run. The variants are
     native            HAM by the C++ extension
     native, masked    the same with half of the weights dropped
     native, large     the same where every exponent is large, and takes the full exponential
-    blocks            HAM in plain torch, block by block: where there is no compiler
+    numba, ...        the same three by numba's loop: where there is no compiler
+    blocks            HAM in plain torch, block by block: where there is neither
     foreach           torch fused, then the mirror step by foreach functions
     published         torch fused, then the published wrapper's steps written out in Python
 """
@@ -17,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -30,7 +32,7 @@ from hamcli.benchmarking.measuring import (
     extra_peak_bytes,
     time_rounds,
 )
-from hamcli.optim import HAM, ExponentStatistics, cpu, fused
+from hamcli.optim import HAM, ExponentStatistics, cpu, fused, jit
 
 LR = 2e-5  # of a fine-tune of a transformer
 GRADIENT = 1e-4
@@ -38,7 +40,11 @@ LARGE_LR, LARGE_GRADIENT = 0.1, 1e-2  # exponents of 0.2 on the mean at the publ
 ALPHA, BETA = 200.0, 1e-3  # arXiv 2506.02630
 
 SMALL = 1 << 20  # weights of a tensor whose exponents are looked at
-FORMS = ("native", "blocks")  # what the optimizer itself would take, the first that is there
+FORMS = (
+    "native",
+    "numba",
+    "blocks",
+)  # what the optimizer itself would take, the first that is there
 
 Base = Literal["adamw", "adam", "sgd"]
 
@@ -55,6 +61,7 @@ class StepCost:
         clock: wall, or cpu: the process's own time.
         rounds: Measured rounds.
         native: Whether the C++ extension is in use, and why not.
+        numba: Whether the numba form can be, and why not.
         variants: One for each variant that can run here.
         training_seconds: Median of forward and backward of one step; None if there was no model.
         step_share: The HAM step's share of a whole training step, in the form that is used here.
@@ -68,6 +75,7 @@ class StepCost:
     clock: str
     rounds: int
     native: str
+    numba: str
     variants: tuple[VariantCost, ...]
     training_seconds: float | None
     step_share: float | None
@@ -133,6 +141,7 @@ def bench_step(
         clock=clock,
         rounds=rounds,
         native=native.status().reason,
+        numba=jit.status().reason,
         variants=costs,
         training_seconds=training,
         step_share=None if training is None or best is None else best / (best + training),
@@ -282,10 +291,11 @@ def _variants(
     # large exponents come from a large a: weights and gradients stay what they are
     large = LARGE_LR * ALPHA * LARGE_GRADIENT / GRADIENT
     steps: dict[str, Callable[[], None]] = {"torch fused": on.torch_step}
-    if fused.is_usable():
-        steps["native"] = lambda: on.ham_step(fused)
-        steps["native, masked"] = lambda: on.ham_step(fused, masked=True)
-        steps["native, large"] = lambda: on.ham_step(fused, a=large, clamp=5.0)
+    for name, form in (("native", fused), ("numba", jit)):
+        if form.is_usable():
+            steps[name] = partial(on.ham_step, form)
+            steps[f"{name}, masked"] = partial(on.ham_step, form, masked=True)
+            steps[f"{name}, large"] = partial(on.ham_step, form, a=large, clamp=5.0)
     steps["blocks"] = lambda: on.ham_step(cpu)
     steps["foreach"] = on.foreach_step
     steps["published"] = on.published_step

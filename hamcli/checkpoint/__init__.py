@@ -8,5 +8,6 @@ headers     safetensors headers, checked
 loading     `Source` -> a transformers model, tokenizer and image processor
 dense       a model -> safetensors that stock tools load
 recount     a written file -> counts, by a reader that is not the writer
-inspection  any safetensors file -> sparsity, near-zero mass, N:M fit
+stream      tensors of files, read and written piece by piece
+inspection  any safetensors file -> shapes, ties; sparsity, near-zero mass, N:M fit
 """

@@ -7,7 +7,7 @@ modes of the user's umask; durability and the final rename are the run state's w
 import json
 import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hamcli.checkpoint.config import clean_config, clean_tokenizer_config
+from hamcli.checkpoint.config import clean_config
 from hamcli.checkpoint.folder import (
     CONFIG,
     GENERATION,
@@ -24,20 +24,15 @@ from hamcli.checkpoint.folder import (
     PROCESSOR,
     SENTENCE,
     TOKENIZER,
-    find_file,
     is_shard_name,
-    read_bytes,
-    read_json,
     sha256,
 )
 from hamcli.checkpoint.headers import read_header
 from hamcli.checkpoint.loading import DTYPE_NAMES, quiet_transformers
 from hamcli.checkpoint.reading import TORCH_DTYPES
+from hamcli.checkpoint.sidefiles import copy_side_files, has_any, pretty
 from hamcli.checkpoint.source import Source
 from hamcli.errors import ResourceError
-
-_SENTENCE_MODULE = "sentence_transformers."
-_SENTENCE_FOLDERS = ("", "1_Pooling", "2_Normalize")
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +67,7 @@ def write_model(
     max_shard_size: str = "5GB",
     tokenizer: Any | None = None,
     image_processor: Any | None = None,
+    gather: Callable[[Tensor], Tensor] | None = None,
 ) -> WrittenFiles:
     """Write `model` into the fresh folder `stage`.
 
@@ -84,6 +80,8 @@ def write_model(
         max_shard_size: Largest weight file.
         tokenizer: Saved where the source has no files of one.
         image_processor: The same.
+        gather: Of a model that is cut over processes, a parameter to the whole tensor; it is asked
+            for each of `stored_tensors`, in their order.
 
     Raises:
         ResourceError: The disk is full, or may not be written.
@@ -92,15 +90,15 @@ def write_model(
     assert not any(stage.iterdir()), "save_pretrained deletes shards that it finds"
     main = _main_dtype(model)
     target = _target_dtype(source, dtype, main)
-    state = _state(model, main, target)
+    state = _state(model, main, target, gather)
     try:
         with quiet_transformers():
             _save(model, state, stage, max_shard_size)
-            if not _has(source, TOKENIZER) and tokenizer is not None:
+            if not has_any(source, TOKENIZER) and tokenizer is not None:
                 tokenizer.save_pretrained(stage)
-            if not _has(source, PROCESSOR) and image_processor is not None:
+            if not has_any(source, PROCESSOR) and image_processor is not None:
                 image_processor.save_pretrained(stage)
-        notes = _copy_side_files(source, stage) if source is not None else ()
+        notes = copy_side_files(source, stage) if source is not None else ()
         _clean_written(stage, target)
         _drop_unlisted(stage)
         _apply_umask(stage)
@@ -159,11 +157,34 @@ def _target_dtype(source: Source | None, dtype: str, main: torch.dtype) -> torch
     return main if source is None else TORCH_DTYPES[source.dtype]
 
 
-def _state(model: nn.Module, main: torch.dtype, target: torch.dtype) -> dict[str, Tensor]:
+def stored_tensors(model: nn.Module) -> list[Tensor]:
+    """What `write_model` writes, tied tensors once, in the order in which it asks for them."""
+    return list({id(one): one for one in model.state_dict(keep_vars=True).values()}.values())
+
+
+def _gathered_state(
+    model: nn.Module, main: torch.dtype, target: torch.dtype, gather: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor]:
+    """As `_state`, one tensor after the other: only narrow copies are whole at the same time."""
+    made = {
+        id(one): _stored(gather(one), target if one.dtype == main else one.dtype)
+        for one in stored_tensors(model)
+    }
+    return {name: made[id(one)] for name, one in model.state_dict(keep_vars=True).items()}
+
+
+def _state(
+    model: nn.Module,
+    main: torch.dtype,
+    target: torch.dtype,
+    gather: Callable[[Tensor], Tensor] | None,
+) -> dict[str, Tensor]:
     """The state to write, on the CPU; what was tied is still one tensor.
 
     Parameters that are wider than the rest stay so: transformers keeps them wide on purpose.
     """
+    if gather is not None:
+        return _gathered_state(model, main, target, gather)
     made: dict[tuple[Any, ...], Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
@@ -231,68 +252,17 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
     return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
 
 
-# ---- files beside the weights ----
-
-
-def _has(source: Source | None, names: Sequence[str]) -> bool:
-    return source is not None and any(find_file(source.folder, name) for name in names)
-
-
-def _copy_side_files(source: Source, stage: Path) -> tuple[str, ...]:
-    names = [*TOKENIZER, *PROCESSOR, *LICENCES]
-    is_sentence, note = _sentence_files(source)
-    if is_sentence:
-        names += SENTENCE
-    if (stage / GENERATION).exists():
-        names.append(GENERATION)
-    for name in names:
-        if (path := find_file(source.folder, name)) is not None:
-            target = stage / name
-            target.parent.mkdir(exist_ok=True)
-            target.write_bytes(_clean_bytes(path, name))
-    return (note,) if note else ()
-
-
-def _clean_bytes(path: Path, name: str) -> bytes:
-    """The file as it is, unless it names code or paths."""
-    raw = read_bytes(path)
-    if not name.endswith("_config.json"):
-        return raw
-    value = read_json(path, name, code="E432")
-    cleaned = clean_tokenizer_config(value)
-    return raw if cleaned == value else _pretty(cleaned)
-
-
-def _sentence_files(source: Source) -> tuple[bool, str]:
-    """Whether the folder is a sentence-transformers one whose other modules have no weights."""
-    path = find_file(source.folder, "modules.json")
-    if path is None:
-        return False, ""
-    try:
-        modules = json.loads(read_bytes(path, 2**20))
-        fits = all(
-            module["path"] in _SENTENCE_FOLDERS and module["type"].startswith(_SENTENCE_MODULE)
-            for module in modules
-        )
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        fits = False
-    if fits:
-        return True, ""
-    return False, "modules.json is left out: its other modules have weights or code of their own"
+# ---- what a library wrote ----
 
 
 def _clean_written(stage: Path, dtype: torch.dtype) -> None:
     path = stage / CONFIG
     config = clean_config(json.loads(path.read_text(encoding="utf-8")))
     config["dtype"] = _dtype_name(dtype)
-    path.write_bytes(_pretty(config))
+    path.write_bytes(pretty(config))
     index = stage / INDEX
     if index.exists():
-        index.write_bytes(_pretty(json.loads(index.read_text(encoding="utf-8"))))
-
-
-def _pretty(value: Any) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+        index.write_bytes(pretty(json.loads(index.read_text(encoding="utf-8"))))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -1,54 +1,102 @@
-"""What any safetensors checkpoint holds: sparsity, near-zero mass, N:M fit, dtype and bytes.
+"""What any safetensors checkpoint holds: from headers at once, from values when they are asked for.
 
-Only numpy, block by block, so that a file larger than memory is no trouble. No config is needed.
+Names, shapes, dtypes, bytes and ties come from headers and config.json, whatever the size. Zeros,
+the mass near zero, N:M fit and duplicates need every value, which are streamed in two passes.
+Imports no torch. No config is needed. docs/inspect.md says what each key of the JSON means.
 """
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hamcli.checkpoint.headers import (
-    DTYPE_BITS,
-    FLOATS,
-    Header,
-    TensorInfo,
-    open_regular,
-)
-from hamcli.checkpoint.packed.files import read_any_header
-from hamcli.checkpoint.recount import blocks, count_block, weight_files
-from hamcli.errors import InputRefused
+from hamcli.checkpoint.folder import CONFIG, find_file, read_json
+from hamcli.checkpoint.headers import DTYPE_BITS, FLOATS, Header, TensorInfo
+from hamcli.checkpoint.packed.files import read_any_header, tensor_bytes
+from hamcli.checkpoint.recount import count_block, weight_files
+from hamcli.checkpoint.stream import Shard, chunks, open_shards
+from hamcli.errors import InputRefused, RecipeError
+from hamcli.sparsity.families import FileTargets, Undecided, by_family
+
+SCHEMA_VERSION = 2
 
 NEAR_ZERO = 1e-3
 """A weight is near zero below this share of the tensor's root mean square."""
 
+EDGES = (1e-4, NEAR_ZERO, 1e-2, 0.1, 0.5, 1.0, 2.0, 4.0)
+"""Upper edges of the histogram of magnitudes, in root mean squares; the last bin has none."""
+
 PATTERNS = ((2, 4), (4, 8))
+
+Advance = Callable[[int], None]
+
+
+def _no_advance(_: int) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInspection:
-    """One tensor, in elements."""
+    """One tensor, in elements. What needs values is None where they were not asked for."""
 
     name: str
     file: str
     dtype: str
     shape: tuple[int, ...]
     bytes: int
+    """In the file, packed or not."""
     total: int
-    zeros: int
-    negative_zeros: int
-    nonfinite: int
-    near_zero: int
+    input_dim: int | None
+    """Axis along which N:M groups are looked for; None of a vector or scalar."""
+    tied: tuple[str, ...] = ()
+    """Other names under which the model uses it, by config.json or the file's metadata."""
+    zeros: int | None = None
+    negative_zeros: int | None = None
+    nonfinite: int | None = None
+    near_zero: int | None = None
     """Not zero, and below `NEAR_ZERO` of the root mean square."""
-    rms: float | None
-    fits: dict[str, float]
-    """`"2:4"` -> share of groups along the last axis with at least 2 non-zeros of 4."""
+    histogram: tuple[int, ...] | None = None
+    """How many magnitudes lie below each of `EDGES` and not below the one before; zeros aside."""
+    rms: float | None = None
+    fits: dict[str, float] | None = None
+    """`"2:4"` -> share of groups along the input axis with at least 2 zeros of 4."""
 
     @property
-    def sparsity(self) -> float:
+    def sparsity(self) -> float | None:
         """Zeros over all elements."""
+        if self.zeros is None:
+            return None
+        return self.zeros / self.total if self.total else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInspection:
+    """Tensors whose names differ in numbers only: the same place in every layer."""
+
+    name: str
+    """With `*` for the numbers that differ."""
+    num_tensors: int
+    shapes: tuple[tuple[int, ...], ...]
+    """Each once."""
+    dtypes: tuple[str, ...]
+    bytes: int
+    total: int
+    tied: tuple[str, ...]
+    zeros: int | None
+    near_zero: int | None
+    fits: dict[str, float] | None
+    """Means of the tensors' fits, weighted by their elements."""
+
+    @property
+    def sparsity(self) -> float | None:
+        """Zeros over all elements."""
+        if self.zeros is None:
+            return None
         return self.zeros / self.total if self.total else 0.0
 
 
@@ -59,74 +107,113 @@ class InspectRecord:
     path: str
     files: tuple[str, ...]
     file_bytes: int
+    dense_bytes: int
+    """Of the tensors when not packed."""
     tensors: tuple[TensorInspection, ...]
+    groups: tuple[GroupInspection, ...]
     total: int
-    zeros: int
+    zeros: int | None
     matrix_total: int
     """Elements of the tensors with two or more dimensions."""
-    matrix_zeros: int
+    matrix_zeros: int | None
     dtypes: dict[str, int]
     """dtype -> elements."""
+    duplicates: tuple[tuple[str, ...], ...] | None
+    """Names of tensors with the same dtype, shape and bytes; None where values were not read."""
+    schema_version: int = SCHEMA_VERSION
 
 
-def inspect(path: Path) -> InspectRecord:
+def inspect(path: Path, *, values: bool = False, advance: Advance = _no_advance) -> InspectRecord:
     """Look at every tensor of the safetensors file or folder at `path`.
+
+    Args:
+        path: A file, or a folder of files.
+        values: Whether to read the values too.
+        advance: Told of dense bytes read, of which there are twice `dense_size`.
 
     Raises:
         InputRefused: There is no such file, or it is damaged.
     """
+    headers = _headers(path)
+    shapes = {one.name: one.shape for header in headers.values() for one in header.tensors}
+    if len(shapes) < sum(len(header.tensors) for header in headers.values()):
+        _refuse_twice(headers)
+    axes, tied = _told_by_config(path, shapes)
+    for header in headers.values():
+        for name, kept in header.metadata.items():
+            if kept in shapes and name not in shapes:
+                tied[kept] = tuple(dict.fromkeys([*tied.get(kept, ()), name]))
+    tensors = [
+        _from_header(file, tensor, axes, tied)
+        for file, header in headers.items()
+        for tensor in header.tensors
+    ]
+    duplicates = None
+    if values:
+        digests: dict[tuple[Any, ...], list[str]] = {}
+        shards = {shard.name: shard for shard in open_shards(headers)}
+        tensors = [_with_values(shards, one, digests, advance) for one in tensors]
+        duplicates = tuple(tuple(names) for names in digests.values() if len(names) > 1)
+    return _record(path, headers, tensors, duplicates)
+
+
+def dense_size(path: Path) -> int:
+    """Bytes of all tensors at `path` when not packed."""
+    return sum(tensor_bytes(one) for header in _headers(path).values() for one in header.tensors)
+
+
+def _headers(path: Path) -> dict[str, Header]:
     if not path.exists():
         raise InputRefused(
             "E401", "no such checkpoint", path, right="a folder or .safetensors file"
         )
     files = weight_files(path)
-    names = [file.name for file in sorted(path.glob("*.safetensors"))] if path.is_dir() else None
-    headers = [read_any_header(file) for file in files]
-    shown = tuple(names or [path.name])
-    tensors = tuple(
-        one
-        for name, header in zip(shown, headers, strict=True)
-        for one in _inspect_file(name, header)
-    )
-    matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
-    dtypes: dict[str, int] = {}
-    for tensor in tensors:
-        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.total
-    return InspectRecord(
-        path=str(path),
-        files=shown,
-        file_bytes=sum(header.file_bytes for header in headers),
-        tensors=tensors,
-        total=sum(tensor.total for tensor in tensors),
-        zeros=sum(tensor.zeros for tensor in tensors),
-        matrix_total=sum(tensor.total for tensor in matrices),
-        matrix_zeros=sum(tensor.zeros for tensor in matrices),
-        dtypes=dtypes,
-    )
+    names = [path.name]
+    if path.is_dir():
+        names = sorted(file.name for file in path.glob("*.safetensors"))
+    return {name: read_any_header(file) for name, file in zip(names, files, strict=True)}
 
 
-def _inspect_file(name: str, header: Header) -> Iterator[TensorInspection]:
-    with open_regular(header.path) as handle:
+def _refuse_twice(headers: Mapping[str, Header]) -> None:
+    seen: set[str] = set()
+    for file, header in headers.items():
         for tensor in header.tensors:
-            yield _inspect_tensor(name, handle, header, tensor)
+            if tensor.name in seen:
+                raise InputRefused("E412", "tensor in two files", file, tensor.name)
+            seen.add(tensor.name)
 
 
-def _inspect_tensor(file: str, handle: int, header: Header, tensor: TensorInfo) -> TensorInspection:
-    zeros = negative = nonfinite = near = 0
-    rms: float | None = None
-    fits: dict[str, float] = {}
-    if DTYPE_BITS[tensor.dtype] % 8 == 0:
-        for block in blocks(handle, header, tensor):
-            found = count_block(block, tensor.dtype)
-            zeros, negative, nonfinite = (
-                zeros + found[0],
-                negative + found[1],
-                nonfinite + found[2],
-            )
-    if tensor.dtype in FLOATS and tensor.total:
-        rms = _rms(handle, header, tensor)
-        near = _near_zero(handle, header, tensor, NEAR_ZERO * rms)
-        fits = _fits(handle, header, tensor)
+# ---- what headers tell ----
+
+
+def _told_by_config(
+    path: Path, shapes: Mapping[str, tuple[int, ...]]
+) -> tuple[dict[str, int], dict[str, tuple[str, ...]]]:
+    """Input axes and further names, by tensor of the files, where config.json is known."""
+    targets = _all_targets(path, shapes)
+    axes = {piece: one.piece_axis for one in targets or () for piece in one.pieces}
+    tied = {one.pieces[0]: one.names[1:] for one in targets or () if len(one.names) > 1}
+    return axes, tied
+
+
+def _all_targets(path: Path, shapes: Mapping[str, tuple[int, ...]]) -> FileTargets | None:
+    """Every matrix of a known architecture; None of an unknown one."""
+    config = find_file(path.resolve(), CONFIG) if path.is_dir() else None
+    if config is None:
+        return None
+    try:
+        return by_family(read_json(config, "the model's config", code="E406"), shapes, ["*"], [])
+    except (Undecided, InputRefused, RecipeError):
+        return None
+
+
+def _from_header(
+    file: str,
+    tensor: TensorInfo,
+    axes: Mapping[str, int],
+    tied: Mapping[str, tuple[str, ...]],
+) -> TensorInspection:
+    is_matrix = len(tensor.shape) >= 2
     return TensorInspection(
         tensor.name,
         file,
@@ -134,58 +221,189 @@ def _inspect_tensor(file: str, handle: int, header: Header, tensor: TensorInfo) 
         tensor.shape,
         tensor.end - tensor.begin,
         tensor.total,
-        zeros,
-        negative,
-        nonfinite,
-        near,
-        rms,
-        fits,
+        axes.get(tensor.name, 1) if is_matrix else None,
+        tied.get(tensor.name, ()),
     )
 
 
-def _values(
-    handle: int, header: Header, tensor: TensorInfo
-) -> Iterator[NDArray[np.float64] | NDArray[np.float32]]:
-    """The elements, block by block, as floats that numpy can compute with."""
-    for block in blocks(handle, header, tensor):
-        if tensor.dtype == "BF16":
-            yield (np.frombuffer(block, np.uint16).astype(np.uint32) << 16).view(np.float32)
-        elif tensor.dtype == "F64":
-            yield np.frombuffer(block, np.float64)
-        elif tensor.dtype == "F32":
-            yield np.frombuffer(block, np.float32)
-        else:
-            yield np.frombuffer(block, np.float16).astype(np.float32)
+def _record(
+    path: Path,
+    headers: Mapping[str, Header],
+    tensors: Sequence[TensorInspection],
+    duplicates: tuple[tuple[str, ...], ...] | None,
+) -> InspectRecord:
+    matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2]
+    dtypes: dict[str, int] = {}
+    for tensor in tensors:
+        dtypes[tensor.dtype] = dtypes.get(tensor.dtype, 0) + tensor.total
+    return InspectRecord(
+        path=str(path),
+        files=tuple(headers),
+        file_bytes=sum(header.file_bytes for header in headers.values()),
+        dense_bytes=sum(
+            tensor_bytes(tensor) for header in headers.values() for tensor in header.tensors
+        ),
+        tensors=tuple(tensors),
+        groups=tuple(_grouped(tensors)),
+        total=sum(tensor.total for tensor in tensors),
+        zeros=_sum(tensor.zeros for tensor in tensors),
+        matrix_total=sum(tensor.total for tensor in matrices),
+        matrix_zeros=_sum(tensor.zeros for tensor in matrices),
+        dtypes=dtypes,
+        duplicates=duplicates,
+    )
 
 
-def _rms(handle: int, header: Header, tensor: TensorInfo) -> float:
-    total = 0.0
-    for values in _values(handle, header, tensor):
-        finite = np.where(np.isfinite(values), values, 0).astype(np.float64)
-        total += float(np.dot(finite, finite))
-    return float(np.sqrt(total / tensor.total))
+def _sum(counts: Iterable[int | None]) -> int | None:
+    total = 0
+    for count in counts:
+        if count is None:
+            return None
+        total += count
+    return total
 
 
-def _near_zero(handle: int, header: Header, tensor: TensorInfo, limit: float) -> int:
-    count = 0
-    for values in _values(handle, header, tensor):
-        count += int(np.count_nonzero((np.abs(values) < limit) & (values != 0)))
-    return count
+# ---- groups ----
 
 
-def _fits(handle: int, header: Header, tensor: TensorInfo) -> dict[str, float]:
-    """The share of groups of each pattern with no more non-zeros than it keeps.
+def _grouped(tensors: Sequence[TensorInspection]) -> Iterator[GroupInspection]:
+    """Groups in the natural order of their first names."""
+    groups: dict[str, list[TensorInspection]] = {}
+    for tensor in sorted(tensors, key=lambda one: _natural(one.name)):
+        groups.setdefault(_starred(tensor.name.split(".")), []).append(tensor)
+    for members in groups.values():
+        yield _group(_common_name([one.name.split(".") for one in members]), members)
 
-    Groups lie along the last axis, as they do in a linear layer's weight. Blocks hold whole
-    groups, because they are a power of two long.
-    """
-    fits = {}
-    for keep, group in PATTERNS:
-        if len(tensor.shape) < 2 or tensor.shape[-1] % group:
-            continue
-        fitting = 0
-        for values in _values(handle, header, tensor):
-            kept = np.count_nonzero(values.reshape(-1, group), axis=1)
-            fitting += int(np.count_nonzero(kept <= keep))
-        fits[f"{keep}:{group}"] = fitting / (tensor.total // group)
-    return fits
+
+def _group(name: str, members: Sequence[TensorInspection]) -> GroupInspection:
+    fits: dict[str, list[tuple[float, int]]] = {}
+    for one in members:
+        for pattern, fit in (one.fits or {}).items():
+            fits.setdefault(pattern, []).append((fit, one.total))
+    return GroupInspection(
+        name=name,
+        num_tensors=len(members),
+        shapes=tuple(dict.fromkeys(one.shape for one in members)),
+        dtypes=tuple(dict.fromkeys(one.dtype for one in members)),
+        bytes=sum(one.bytes for one in members),
+        total=sum(one.total for one in members),
+        tied=tuple(name for one in members for name in one.tied),
+        zeros=_sum(one.zeros for one in members),
+        near_zero=_sum(one.near_zero for one in members),
+        fits=None
+        if members[0].fits is None
+        else {
+            pattern: sum(fit * total for fit, total in found) / sum(total for _, total in found)
+            for pattern, found in fits.items()
+        },
+    )
+
+
+def _starred(words: Sequence[str]) -> str:
+    return ".".join("*" if word.isdigit() else word for word in words)
+
+
+def _common_name(names: Sequence[Sequence[str]]) -> str:
+    """The words of the first name, with stars where another has another number."""
+    return ".".join(
+        word if all(name[place] == word for name in names) else "*"
+        for place, word in enumerate(names[0])
+    )
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sorts `layers.10` after `layers.9`."""
+    return [(0, int(part), "") if part.isdigit() else (1, 0, part) for part in name.split(".")]
+
+
+# ---- what values tell ----
+
+
+def _with_values(
+    shards: Mapping[str, Shard],
+    one: TensorInspection,
+    digests: dict[tuple[Any, ...], list[str]],
+    advance: Advance,
+) -> TensorInspection:
+    shard = shards[one.file]
+    tensor = next(info for info in shard.header.tensors if info.name == one.name)
+    if DTYPE_BITS[one.dtype] % 8 or not one.total:
+        # elements of 4 and 6 bits share bytes, and are not counted
+        advance(2 * tensor_bytes(tensor))
+        return replace(one, zeros=0, negative_zeros=0, nonfinite=0, near_zero=0, fits={})
+    groups = _groups_of(one)
+    unit = max([size * inner for _, size, inner in groups], default=1)
+    zeros = negative = nonfinite = 0
+    squares = 0.0
+    fitting = [0] * len(groups)
+    digest = hashlib.sha256()
+    for bits in chunks(shard, tensor, unit):
+        found = count_block(bits.view(np.uint8).data, one.dtype)
+        zeros, negative, nonfinite = zeros + found[0], negative + found[1], nonfinite + found[2]
+        digest.update(bits.data)
+        if one.dtype in FLOATS:
+            squares += _squares(_floats(bits, one.dtype))
+            for place, (kept, size, inner) in enumerate(groups):
+                fitting[place] += _fitting(bits, kept, size, inner)
+        advance(bits.nbytes)
+    digests.setdefault((one.dtype, one.shape, digest.digest()), []).append(one.name)
+    made = replace(one, zeros=zeros, negative_zeros=negative, nonfinite=nonfinite, near_zero=0)
+    if one.dtype not in FLOATS:
+        advance(tensor_bytes(tensor))
+        return replace(made, fits={})
+    rms = math.sqrt(squares / one.total)
+    histogram = _histogram(shard, tensor, rms, zeros, nonfinite, advance)
+    return replace(
+        made,
+        rms=rms,
+        histogram=histogram,
+        near_zero=sum(histogram[: EDGES.index(NEAR_ZERO) + 1]),
+        fits={
+            f"{kept}:{size}": fits / (one.total // size)
+            for (kept, size, _), fits in zip(groups, fitting, strict=True)
+        },
+    )
+
+
+def _groups_of(one: TensorInspection) -> list[tuple[int, int, int]]:
+    """(kept, size, distance of neighbours) of each pattern that the input axis can be cut into."""
+    if one.input_dim is None:
+        return []
+    inner = math.prod(one.shape[one.input_dim + 1 :])
+    return [(kept, size, inner) for kept, size in PATTERNS if not one.shape[one.input_dim] % size]
+
+
+def _floats(bits: NDArray[Any], dtype: str) -> NDArray[Any]:
+    """The elements as floats that numpy can compute with."""
+    if dtype == "BF16":
+        return (bits.astype(np.uint32) << 16).view(np.float32)
+    if dtype == "F16":
+        return bits.view(np.float16).astype(np.float32)
+    return bits.view(np.float32 if dtype == "F32" else np.float64)
+
+
+def _squares(values: NDArray[Any]) -> float:
+    finite = np.where(np.isfinite(values), values, 0).astype(np.float64)
+    return float(np.dot(finite, finite))
+
+
+def _fitting(bits: NDArray[Any], kept: int, size: int, inner: int) -> int:
+    """How many groups have no more non-zeros than the pattern keeps."""
+    alive = (bits << 1 != 0).reshape(-1, size, inner)
+    return int(np.count_nonzero(np.count_nonzero(alive, axis=1) <= kept))
+
+
+def _histogram(
+    shard: Shard, tensor: TensorInfo, rms: float, zeros: int, nonfinite: int, advance: Advance
+) -> tuple[int, ...]:
+    below = [0] * len(EDGES)
+    for bits in chunks(shard, tensor):
+        values = np.abs(_floats(bits, tensor.dtype))
+        for place, edge in enumerate(EDGES):
+            below[place] += int(np.count_nonzero(values < edge * rms))
+        advance(bits.nbytes)
+    # all values are below the edges of a tensor of zeros alone, or none
+    reached = [max(0, count - zeros) for count in below]
+    rest = tensor.total - zeros - nonfinite
+    steps = zip([0, *reached], [*reached, rest], strict=True)
+    return tuple(after - before for before, after in steps)

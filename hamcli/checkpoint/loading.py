@@ -34,7 +34,7 @@ from hamcli.checkpoint.reading import (
 from hamcli.checkpoint.source import Source
 from hamcli.errors import HamError, InputRefused, ResourceError
 
-__all__ = ["LoadedModel", "has_head", "load_model", "quiet_transformers"]
+__all__ = ["LoadedModel", "build_skeleton", "has_head", "load_model", "quiet_transformers"]
 
 DTYPE_NAMES = {
     "float32": torch.float32,
@@ -73,6 +73,29 @@ class LoadedModel:
     no_image_processor: str
     notes: tuple[str, ...]
     """What a user should hear: a dropped head, a dtype that is not the config's."""
+
+    @property
+    def class_name(self) -> str:
+        """Of the model; FSDP puts a class of its own in front."""
+        kinds = type(self.model).__mro__
+        return next(kind.__name__ for kind in kinds if not kind.__name__.startswith("FSDP"))
+
+
+def build_skeleton(source: Source) -> nn.Module:
+    """The network that the config describes, with shapes and no memory behind them.
+
+    Raises:
+        InputRefused: transformers does not know it, or the file could never fill it.
+    """
+    task = infer_task(source.config)
+    with quiet_transformers():
+        config = _build_config(source)
+        model_class = _model_class(source, config, task)
+        skeleton: Any = _skeleton(
+            source, model_class, config, _arguments(source, model_class, task)
+        )
+        skeleton.tie_weights()
+    return skeleton  # type: ignore[no-any-return]
 
 
 def has_head(source: Source, task: str) -> bool:

@@ -4,7 +4,7 @@ Only numpy, in blocks of a few megabytes, without the library that wrote the fil
 report comes from here. What the zeros were meant to be is left to others.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,10 +52,14 @@ class TensorCount:
     nonfinite: int
 
 
-def count_zeros(path: Path) -> dict[str, TensorCount]:
+def count_zeros(path: Path, names: Collection[str] | None = None) -> dict[str, TensorCount]:
     """Counts of every tensor of a safetensors file, or of all such files of a folder.
 
     Names are those of the file, in their order there.
+
+    Args:
+        path: The file or folder.
+        names: Count only these tensors.
 
     Raises:
         InputRefused: There is no safetensors file, one is damaged, or a name occurs in two.
@@ -65,6 +69,8 @@ def count_zeros(path: Path) -> dict[str, TensorCount]:
         header = read_any_header(file)
         with open_regular(file) as handle:
             for tensor in header.tensors:
+                if names is not None and tensor.name not in names:
+                    continue
                 if tensor.name in counts:
                     raise InputRefused("E412", "tensor in two files", file, tensor.name)
                 counts[tensor.name] = _count(handle, header, tensor)

@@ -111,6 +111,24 @@ def find_model(
     return Source(model, folder, revision, hashes, weights, headers, cleaned)
 
 
+def is_bare(model: str, config: str | None) -> bool:
+    """Whether `model` is a safetensors file that comes without a config."""
+    path = _existing(model)
+    return config is None and path is not None and path.is_file() and path.suffix == ".safetensors"
+
+
+def find_bare(model: str) -> Path:
+    """The path of a safetensors file that comes without a config.
+
+    Raises:
+        InputRefused: It is one shard of several.
+    """
+    path = Path(model).expanduser().absolute()
+    if _SHARD_OF.fullmatch(path.name):
+        raise InputRefused("E405", "one shard of several", path, right=f"the folder: {path.parent}")
+    return path
+
+
 def find_weights(path: Path) -> dict[str, Header]:
     """Name and checked header of each weight file of a folder, or of the one file at `path`.
 

@@ -4,6 +4,7 @@ import sys
 
 from hamcli.cli.commands import app
 from hamcli.cli.exits import exit_code, settled
+from hamcli.parallel.launch import fall_silent, speaks
 
 __all__ = ["app", "main"]
 
@@ -12,4 +13,6 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with its code."""
     if argv is not None:
         sys.argv = ["ham", *argv]
+    if not speaks():
+        fall_silent()
     sys.exit(settled(exit_code(lambda: app(prog_name="ham", standalone_mode=False))))

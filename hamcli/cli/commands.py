@@ -20,6 +20,7 @@ from hamcli.cli.words import (
     ModelWord,
     OutWord,
     OverwriteWord,
+    ParallelWord,
     PatternWord,
     PruneMethodWord,
     QuietWord,
@@ -34,7 +35,8 @@ from hamcli.cli.words import (
     listed,
     switches,
 )
-from hamcli.errors import GateFailed, InputRefused, UsageError, printable
+from hamcli.errors import GateFailed, UsageError, printable
+from hamcli.parallel.launch import refuse_several
 
 app = typer.Typer(
     name="ham",
@@ -45,7 +47,9 @@ app = typer.Typer(
 )
 recipes = typer.Typer(help="Shipped recipes, validation and the JSON Schema.", no_args_is_help=True)
 app.add_typer(recipes, name="recipe")
-bench = typer.Typer(help="What HAM costs on this machine.", no_args_is_help=True)
+bench = typer.Typer(
+    help="What HAM costs, and what zeros gain, on this machine.", no_args_is_help=True
+)
 app.add_typer(bench, name="bench")
 
 
@@ -57,11 +61,14 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _top(
+    ctx: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
     ] = False,
 ) -> None:
     """Make pretrained networks sparse with Hyperbolic Aware Minimization, and keep them good."""
+    if ctx.invoked_subcommand not in (None, "sparsify"):
+        refuse_several(ctx.invoked_subcommand)
 
 
 @app.command()
@@ -80,6 +87,7 @@ def sparsify(
     steps: StepsWord = None,
     seed: SeedWord = None,
     device: DeviceWord = None,
+    parallel: ParallelWord = None,
     format_: FormatWord = None,
     max_drop: DropWord = None,
     resume: Annotated[
@@ -99,8 +107,8 @@ def sparsify(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("sparsify") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
         from hamcli.pipeline import run_sparsify
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -130,13 +138,14 @@ def prune(
     config: ConfigWord = None,
     method: PruneMethodWord = None,
     pattern: PatternWord = None,
+    format_: FormatWord = None,
     max_drop: DropWord = None,
     overwrite: OverwriteWord = False,
     as_json: JsonWord = False,
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Prune exactly in one shot, without training; export, report."""
+    """Prune exactly in one shot, without training, file by file where that will do; report."""
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_report
     from hamcli.console import Screen
@@ -144,9 +153,9 @@ def prune(
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     with screen.watcher("prune") as watcher:
         watcher.stage("starting")
+        from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.opening import complete
-        from hamcli.pruning import prune as prune_model
+        from hamcli.streaming import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
@@ -158,18 +167,29 @@ def prune(
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
     as_json: JsonWord = False,
-    all_: Annotated[bool, typer.Option("--all", help="Every tensor, not the largest 40.")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="Each tensor, not a line for all layers.")
+    ] = False,
+    values: Annotated[
+        bool, typer.Option("--values", help="Read the values: zeros, N:M fit, duplicates.")
+    ] = False,
+    quiet: QuietWord = False,
 ) -> None:
-    """Sparsity, near-zero mass, 2:4 fit, dtype and bytes of each tensor of a checkpoint."""
+    """Tensors of a checkpoint: shapes, dtypes, bytes, ties; from headers alone unless --values."""
+    from hamcli.checkpoint.inspection import dense_size
     from hamcli.checkpoint.inspection import inspect as inspect_path
     from hamcli.cli.shown import show_inspection
     from hamcli.console import Screen
 
-    if not path.exists():
-        raise InputRefused(
-            "E401", "no such checkpoint", path, "", "a folder or a .safetensors file"
-        )
-    show_inspection(Screen(as_json=as_json), inspect_path(path), limit=None if all_ else 40)
+    screen = Screen(quiet=quiet, as_json=as_json)
+    if not values:
+        show_inspection(screen, inspect_path(path), each=all_)
+        return
+    with screen.watcher("inspect") as watcher:
+        watcher.begin_bytes("reading values", 2 * dense_size(path))
+        found = inspect_path(path, values=True, advance=watcher.bytes_done)
+        watcher.end_bytes()
+    show_inspection(screen, found, each=all_)
 
 
 @app.command("eval")
@@ -196,7 +216,7 @@ def evaluate(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("eval") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.pruning import evaluate as evaluate_model
 
         read = complete(layers, has_recipe=recipe is not None)
@@ -231,7 +251,7 @@ def check(
 @app.command()
 def export(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder or .safetensors file.")],
-    form: Annotated[str, typer.Option("--format", help="dense or packed.")],
+    form: Annotated[str, typer.Option("--format", help="dense, packed or onnx.")],
     out: Annotated[
         Path | None, typer.Option("--out", help="Folder, or file, of the result.")
     ] = None,
@@ -240,19 +260,31 @@ def export(
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Convert dense to packed, which is smaller and needs `import hamcli`, or back, bit for bit."""
-    if form not in ("dense", "packed"):
-        raise UsageError("E118", "no such format", f"--format {form}", "", "dense or packed")
-    from hamcli.cli.shown import show_export
+    """Dense to packed (smaller, needs `import hamcli`) or back, bit for bit; or to ONNX."""
+    if form not in ("dense", "packed", "onnx"):
+        raise UsageError(
+            "E118", "no such format", f"--format {printable(form)}", "", "dense, packed or onnx"
+        )
+    from hamcli.cli.shown import show_export, show_onnx
     from hamcli.console import Screen
-    from hamcli.exporting import export as export_path
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     suffix = path.suffix if path.is_file() else ""
     target = out or path.with_name(f"{path.name.removesuffix(suffix)}-{form}{suffix}")
     with screen.watcher("export") as watcher:
-        found = export_path(path, form, out=target, overwrite=overwrite, progress=watcher)
-    show_export(screen, found)
+        if form == "onnx":
+            watcher.stage("starting")
+            from hamcli.onnx.exporting import export_onnx
+
+            graph = export_onnx(path, out=target, overwrite=overwrite, progress=watcher)
+        else:
+            from hamcli.exporting import export as export_path
+
+            found = export_path(path, form, out=target, overwrite=overwrite, progress=watcher)
+    if form == "onnx":
+        show_onnx(screen, graph)
+    else:
+        show_export(screen, found)
 
 
 @app.command()
@@ -279,7 +311,7 @@ def plan(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher("plan") as watcher:
         watcher.stage("starting")
-        from hamcli.opening import complete
+        from hamcli.completing import complete
         from hamcli.planning import plan as plan_run
 
         found = plan_run(complete(layers, has_recipe=recipe is not None), watcher)
@@ -357,8 +389,8 @@ def compare(
         watcher.stage("starting")
         from hamcli.comparison import Grid
         from hamcli.comparison import compare as compare_methods
+        from hamcli.completing import complete
         from hamcli.defaults import compare_folder
-        from hamcli.opening import complete
 
         grid = Grid(
             tuple(listed(methods, str, "--methods")),
@@ -458,3 +490,52 @@ def bench_step(
             progress=watcher,
         )
     show_costs(screen, found)
+
+
+@bench.command("runtime")
+def bench_runtime(
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[MODEL]",
+            help="Finished folder, hub id or .safetensors; default: builtin:minilm, pruned to 0.9.",
+        ),
+    ] = None,
+    target: Annotated[
+        float | None,
+        typer.Option("--target", min=0.0, max=1.0, help="Prune in one shot first, in memory."),
+    ] = None,
+    shapes: Annotated[
+        str | None,
+        typer.Option("--shapes", help="Rows x tokens, as 1x8,8x128; of images the rows, as 1,8."),
+    ] = None,
+    threads: Annotated[str, typer.Option("--threads", help="As 1,2; each by itself.")] = "1",
+    rounds: Annotated[
+        int, typer.Option("--rounds", min=1, max=1000, help="How often each runtime is timed.")
+    ] = 9,
+    config: ConfigWord = None,
+    as_json: JsonWord = False,
+    quiet: QuietWord = False,
+) -> None:
+    """Dense torch, hamcli.load, CSR, onnxruntime and OpenVINO on one model, in turns."""
+    from hamcli.cli.shown import show_runtimes
+    from hamcli.cli.words import input_shapes, thread_counts
+    from hamcli.console import Screen
+
+    sizes = input_shapes(shapes) if shapes is not None else None
+    numbers = thread_counts(threads)
+    screen = Screen(quiet=quiet, as_json=as_json)
+    with screen.watcher("bench") as watcher:
+        watcher.stage("starting")
+        from hamcli.benchmarking.runtime import bench_runtime as bench
+
+        found = bench(
+            model,
+            config=config,
+            target=target,
+            shapes=sizes,
+            threads=numbers,
+            rounds=rounds,
+            progress=watcher,
+        )
+    show_runtimes(screen, found)

@@ -30,13 +30,9 @@ def show_report(screen: Screen, report: Any, folder: Path) -> None:
             rows.append(
                 ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
             )
-    rows.append(
-        (
-            "size",
-            size(report.size.dense_bytes),
-            f"{size(report.size.packed_bytes)} packed, {size(report.size.gzip_bytes)} after gzip",
-        )
-    )
+    else:
+        rows.append(("quality", "not measured", f"ham eval {folder} --against {report.model.id}"))
+    rows.append(("size", size(report.size.dense_bytes), _other_sizes(report.size)))
     screen.result(
         report.to_dict(),
         facts(rows),
@@ -47,6 +43,11 @@ def show_report(screen: Screen, report: Any, folder: Path) -> None:
         failed = [one for one in report.gate.conditions if not one.passed]
         faults = [GateFailed("E301", "gate failed", folder, _condition(one)) for one in failed]
         raise GateFailed("E301", "gate failed", folder, faults[0].why, others=faults[1:])
+
+
+def _other_sizes(found: Any) -> str:
+    others = [(found.packed_bytes, "packed"), (found.gzip_bytes, "after gzip")]
+    return ", ".join(f"{size(one)} {form}" for one, form in others if one is not None)
 
 
 def _speed(report: Any) -> str:
@@ -76,12 +77,37 @@ def show_costs(screen: Screen, found: Any) -> None:
         table(["form", *columns], map(_cost_row, step.variants)),
         f"training: {_training_words(found)}",
         f"exponents: {_exponent_words(step.exponents)}",
-        f"extension: {step.native}",
+        f"extension: {step.native}; {step.numba}",
         f"\nchoice of 90 % of {chosen.num_weights:,} weights, "
         f"which leaves {chosen.mask_bytes / 2**20:.1f} MiB of masks",
         table(["part", *columns], map(_cost_row, chosen.variants)),
         f"\n{found.conclusion}",
     )
+
+
+def show_runtimes(screen: Screen, found: Any) -> None:
+    """What runtimes gain, a table for each number of threads, and where none does."""
+    share = found.zeros / max(1, found.total)
+    shown: list[Any] = [
+        f"{found.model}: {found.task}, {share:.1%} of the weights in matrices are zero"
+    ]
+    for threads in dict.fromkeys(one.threads for one in found.cells):
+        cells = [one for one in found.cells if one.threads == threads]
+        clock = "CPU time" if cells[0].clock == "cpu" else "wall time"
+        replaced = found.replaced[str(threads)]
+        shown.append(
+            f"\n{threads} thread(s), {clock}, medians of {found.rounds} rounds in turn; "
+            f"auto made {replaced} modules sparse"
+        )
+        columns = [found.unit, "runtime", "ms", "x dense", "10 % .. 90 %", "error"]
+        shown.append(table(columns, map(_runtime_row, cells)))
+    screen.result(found.as_json(), *shown, "", *found.conclusions)
+
+
+def _runtime_row(one: Any) -> tuple[str, ...]:
+    low, high = one.ratio_spread
+    ratios = f"{one.ratio:.2f}", f"{low:.2f} .. {high:.2f}"
+    return (one.shape, one.runtime, f"{one.seconds * 1e3:.2f}", *ratios, f"{one.error:.1e}")
 
 
 def _cost_row(one: Any) -> tuple[str, ...]:
@@ -110,35 +136,47 @@ def _exponent_words(found: Any) -> str:
     )
 
 
-def show_inspection(screen: Screen, found: Any, *, limit: int | None) -> None:
-    """Tensors of a checkpoint, the largest `limit` of them, or all."""
-    shown = (
-        found.tensors
-        if limit is None
-        else sorted(found.tensors, key=lambda one: -one.total)[:limit]
-    )
-    rows = [
-        (
-            one.name,
-            "x".join(map(str, one.shape)),
-            one.dtype,
-            size(one.bytes),
-            f"{one.sparsity:.2%}",
-            f"{one.near_zero / max(1, one.total):.2%}",
-            f"{one.fits['2:4']:.1%}" if "2:4" in one.fits else "-",
-        )
-        for one in shown
-    ]
-    left = len(found.tensors) - len(shown)
+def show_inspection(screen: Screen, found: Any, *, each: bool) -> None:
+    """Tensors of a checkpoint, the same place in every layer on one line, or each by itself."""
+    shown = found.tensors if each else found.groups
+    with_values = found.zeros is not None
+    columns = ["tensor", *([] if each else ["number"]), "shape", "dtype", "bytes", "weights"]
+    columns += ["zeros", "near zero", "2:4 fit"] if with_values else []
     screen.result(
         asdict(found),
-        table(["tensor", "shape", "dtype", "bytes", "zeros", "near zero", "2:4 fit"], rows),
-        *([f"... and {left} smaller tensors (--all shows them)"] if left else []),
-        f"matrices: {found.matrix_zeros:,} zeros of {found.matrix_total:,} "
-        f"({found.matrix_zeros / max(1, found.matrix_total):.4%}); "
-        f"all: {found.zeros:,} of {found.total:,}; "
+        table(columns, [_tensor_row(one, each, with_values) for one in shown]),
+        *(f"tied: {one.name} is also {', '.join(one.tied)}" for one in found.tensors if one.tied),
+        *(f"duplicates: {', '.join(names)}" for names in found.duplicates or ()),
+        *(_zero_lines(found) if with_values else ["zeros, N:M fit and duplicates: --values"]),
+        f"{len(found.tensors):,} tensors, {found.total:,} weights, "
         f"{size(found.file_bytes)} in {len(found.files)} file(s)",
     )
+
+
+def _tensor_row(one: Any, each: bool, with_values: bool) -> tuple[str, ...]:
+    shapes, dtypes = ((one.shape,), (one.dtype,)) if each else (one.shapes, one.dtypes)
+    first = "x".join(map(str, shapes[0])) or "scalar"
+    row = [
+        one.name,
+        *([] if each else [str(one.num_tensors)]),
+        first if len(shapes) == 1 else f"{first} and {len(shapes) - 1} more",
+        ", ".join(dtypes),
+        size(one.bytes),
+        f"{one.total:,}",
+    ]
+    if with_values:
+        fit = (one.fits or {}).get("2:4")
+        row += [f"{one.sparsity:.2%}", f"{one.near_zero / max(1, one.total):.2%}"]
+        row.append("-" if fit is None else f"{fit:.1%}")
+    return tuple(row)
+
+
+def _zero_lines(found: Any) -> list[str]:
+    return [
+        f"matrices: {found.matrix_zeros:,} zeros of {found.matrix_total:,} "
+        f"({found.matrix_zeros / max(1, found.matrix_total):.4%}); "
+        f"all: {found.zeros:,} of {found.total:,}"
+    ]
 
 
 def show_evaluation(screen: Screen, found: Any) -> None:
@@ -169,6 +207,19 @@ def show_export(screen: Screen, found: Any) -> None:
     )
 
 
+def show_onnx(screen: Screen, found: Any) -> None:
+    """What the graph takes and gives, how exact it is, and its zeros."""
+    share = found.zeros / max(1, found.total)
+    screen.result(
+        asdict(found),
+        f"{', '.join(found.inputs)} -> {', '.join(found.outputs)}, opset {found.opset}, fp32",
+        f"greatest relative error against torch, in onnxruntime: {found.max_relative_error:.2g}",
+        f"zeros in the file: {found.zeros:,} of {found.total:,} in matrices ({share:.4%}), "
+        "those of the folder; ONNX engines compute with them as with any other number",
+        f"written to {found.out}",
+    )
+
+
 def show_plan(screen: Screen, found: Any) -> None:
     """What a run would do."""
     rows = [
@@ -181,8 +232,18 @@ def show_plan(screen: Screen, found: Any) -> None:
         ("memory", f"{size(found.memory_bytes)} and activations"),
         ("disk", size(found.disk_bytes)),
         *(("cost", cost) for cost in found.costs),
+        *((f"file, {one.targets}", _size_words(one)) for one in found.sizes),
     ]
     screen.result(asdict(found), facts(rows))
+
+
+def _size_words(one: Any) -> str:
+    packed, gzipped = (one.dense_bytes / max(1, n) for n in (one.packed_bytes, one.gzip_bytes))
+    text = (
+        f"{size(one.dense_bytes)} dense, about {size(one.packed_bytes)} packed ({packed:.1f} x "
+        f"smaller), {size(one.gzip_bytes)} in gzip ({gzipped:.1f} x)"
+    )
+    return f"{text}; --set '{one.setting}', at a cost in quality" if one.setting else text
 
 
 def show_theory(screen: Screen, found: Any, out: Path | None) -> None:

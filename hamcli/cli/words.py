@@ -53,6 +53,10 @@ PatternWord = Annotated[
 StepsWord = Annotated[int | None, typer.Option("--steps", help="Optimizer steps.")]
 SeedWord = Annotated[int | None, typer.Option("--seed", help="Seed of data order and dropout.")]
 DeviceWord = Annotated[str | None, typer.Option("--device", help="auto, cpu, cuda[:N] or mps.")]
+ParallelWord = Annotated[
+    str | None,
+    typer.Option("--parallel", help="auto, none, ddp or fsdp; under torchrun, auto is ddp."),
+]
 FormatWord = Annotated[
     str | None, typer.Option("--format", help="Form of the result: dense or packed.")
 ]
@@ -76,6 +80,7 @@ FLAGS = {
     "steps": "training.steps",
     "seed": "training.seed",
     "device": "training.device",
+    "parallel": "training.parallel",
     "format_": "export.format",
     "max_drop": "gate.max_drop",
 }
@@ -138,3 +143,36 @@ def switches(text: str) -> tuple[bool, ...]:
     if text not in known:
         raise UsageError("E108", "not a list to compare", "--ham", printable(text), "on, off, both")
     return known[text]
+
+
+def thread_counts(text: str) -> tuple[int, ...]:
+    """Numbers of threads with commas between them."""
+    try:
+        found = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        found = ()
+    if not found or len(set(found)) < len(found) or not all(1 <= one <= 1024 for one in found):
+        raise UsageError(
+            "E108", "not a list of threads", "--threads", printable(text), "1 to 1024, as 1,2"
+        )
+    return found
+
+
+def input_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    """Rows x tokens with commas between them; tokens are 0 where none are said."""
+    found: list[tuple[int, int]] = []
+    for part in text.split(","):
+        rows, _, tokens = part.strip().partition("x")
+        if not rows.isdecimal() or not (tokens or "0").isdecimal() or part.endswith("x"):
+            found = []
+            break
+        found.append((int(rows), int(tokens or 0)))
+    if not found or len(set(found)) < len(found) or not all(1 <= one[0] <= 65536 for one in found):
+        raise UsageError(
+            "E108",
+            "not a list of shapes",
+            "--shapes",
+            printable(text),
+            "rows x tokens, as 1x8,8x128",
+        )
+    return tuple(found)

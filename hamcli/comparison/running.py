@@ -29,6 +29,9 @@ def run_cell(
     Raises:
         HamError: What would meet every other run too: the model, the data, the disk, a signal.
     """
+    # a comparison is one of quality: its runs share the machine, and many of them are small
+    evaluation = read.recipe.evaluation.model_copy(update={"speed": "off"})
+    read = ReadRecipe(read.recipe.model_copy(update={"evaluation": evaluation}), read.places)
     try:
         outcome = outcome_of(_trained(read, folder, progress, stop))
     except Diverged as error:

@@ -2,7 +2,8 @@
 
 The library lies in the user's cache under a name made of everything that it depends on: sources,
 flags, compiler, torch. One process builds while others wait; a finished library appears in one
-rename. Whatever stands in the way becomes `CannotBuild` with one line that says it.
+rename. Whatever stands in the way becomes `CannotBuild` with one line that says it. torch is
+imported only where the extension needs it; `plain` builds a library without.
 """
 
 import hashlib
@@ -17,7 +18,6 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import torch
 from filelock import FileLock, Timeout
 
 SOURCES = tuple(
@@ -99,6 +99,8 @@ def compile_flags() -> tuple[str, ...]:
     """
     if sys.platform not in ("linux", "darwin"):
         raise CannotBuild(f"it is not built on {sys.platform}")
+    import torch
+
     capability = torch.backends.cpu.get_cpu_capability()
     vector_flags: tuple[str, ...] = ()
     if platform.machine() in ("arm64", "aarch64"):
@@ -164,6 +166,8 @@ def _is_private(folder: Path) -> bool:
 
 def _key(compiler: str, flags: tuple[str, ...]) -> str:
     """A name for what these sources, flags, this compiler and this torch make."""
+    import torch
+
     digest = hashlib.sha256()
     for source in SOURCES:
         digest.update(source.read_bytes())
@@ -176,6 +180,8 @@ def _key(compiler: str, flags: tuple[str, ...]) -> str:
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
     """Compile each source by itself, side by side, link, and rename into place."""
+    import torch
+
     libraries = Path(torch.__file__).parent / "lib"
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         objects = [Path(folder) / f"{source.stem}.o" for source in SOURCES]
@@ -183,18 +189,22 @@ def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:
             [compiler, *flags, "-c", str(source), "-o", str(made)]
             for source, made in zip(SOURCES, objects, strict=True)
         ]
-        _run(*compiling)
+        run_compilers(*compiling)
         made = Path(folder) / LIBRARY
         # OpenMP is not linked: its functions are found in the runtime that torch has loaded, since
         # a second one would keep threads of its own
         undefined = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
         linked = [*map(str, objects), *undefined, f"-L{libraries}", "-ltorch_cpu", "-lc10"]
-        _run([compiler, "-shared", "-o", str(made), *linked])
+        run_compilers([compiler, "-shared", "-o", str(made), *linked])
         made.replace(library)
 
 
-def _run(*commands: list[str]) -> None:
-    """Run the compiler several times at once, and wait for all."""
+def run_compilers(*commands: list[str]) -> None:
+    """Run the compiler several times at once, and wait for all.
+
+    Raises:
+        CannotBuild: One of them failed.
+    """
     with ThreadPoolExecutor(len(commands)) as pool:
         for failure in pool.map(_failure, commands):
             if failure is not None:

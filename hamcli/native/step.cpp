@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstring>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace {
@@ -32,6 +33,8 @@ using Bits = at::vec::Vectorized<int32_t>;
 using OptionalTensors = c10::List<std::optional<Tensor>>;
 
 constexpr int64_t LANES = Vec::size();
+// torch has its fused steps for AVX2 alone, also where the CPU has AVX-512
+constexpr int64_t TORCH_LANES = LANES < 8 ? LANES : 8;
 constexpr int64_t BLOCK = 1 << 13;  // weights; a multiple of any number of lanes
 constexpr int64_t GRAIN = 4;  // blocks; below it a second thread does not pay
 constexpr int NUM_SUMS = 5;  // as in hamcli.optim.cpu
@@ -77,10 +80,6 @@ C10_ALWAYS_INLINE Vec times_exp(Vec w, Vec e) {
   const Bits power = (at::vec::cast<int32_t, float>(shifted) << Bits(23)) + Bits(BITS_OF_1);
   const Vec scaled = w * at::vec::cast<float, int32_t>(power);
   return at::vec::fmadd(scaled, growth, scaled);
-}
-
-C10_ALWAYS_INLINE bool any_above(Vec x, float limit) {
-  return (x > Vec(limit)).zero_mask() != (1 << LANES) - 1;
 }
 
 struct Mirror {
@@ -133,10 +132,24 @@ struct Sums {
 };
 
 // How a block is done: fixed when it is compiled, so that the loop has no branch to take.
-enum class Kind { off, off_masked, small, small_masked, any, any_masked, measured };
+enum class Kind {
+  off,
+  off_masked,
+  small,
+  small_masked,
+  small_measured,
+  any,
+  any_masked,
+  any_measured
+};
 
+// A vector with small exponents alone would gain less by the short form than the look for it costs.
 constexpr bool is_small(Kind kind) {
-  return kind == Kind::small || kind == Kind::small_masked;
+  return kind == Kind::small || kind == Kind::small_masked || kind == Kind::small_measured;
+}
+
+constexpr bool is_measured(Kind kind) {
+  return kind == Kind::small_measured || kind == Kind::any_measured;
 }
 
 constexpr bool is_masked(Kind kind) {
@@ -152,9 +165,8 @@ C10_ALWAYS_INLINE Vec mirrored(Vec w, Vec g, Vec kept, const Mirror& by, Sums& s
   const Vec sign = w & Vec(-0.0f);
   Vec e = at::vec::fmadd(g ^ sign, Vec(-by.a), Vec(-by.b));
   e = at::vec::clamp(e, Vec(-by.clamp), Vec(by.clamp));
-  const Vec made = is_small(kind) || !any_above(e.abs(), SMALL) ? times_exp_small(w, e)
-                                                                : times_exp(w, e);
-  if constexpr (kind == Kind::measured) {
+  const Vec made = is_small(kind) ? times_exp_small(w, e) : times_exp(w, e);
+  if constexpr (is_measured(kind)) {
     sums.add(w, made, e, kept, by.clamp);
   }
   return made;
@@ -312,7 +324,38 @@ C10_ALWAYS_INLINE Vec step_vector(const item_t& item, int64_t at, Sums& sums) {
   return w;
 }
 
-// The last weights of a tensor, fewer than LANES: torch takes them one by one, and so it rounds.
+// Fewer weights than LANES, with the rounding of whole vectors.
+template <Kind kind, typename item_t>
+void step_padded(const item_t& item, int64_t at, int64_t count, Sums& sums) {
+  constexpr int num_moments = item_t::NUM_MOMENTS;
+  float w[LANES] = {}, moments[num_moments + 1][LANES] = {};
+  std::remove_const_t<std::remove_pointer_t<decltype(item.g)>> g[LANES] = {};
+  bool mask[LANES] = {};
+  item_t padded = item;
+  std::copy_n(item.w + at, count, w);
+  std::copy_n(item.g + at, count, g);
+  padded.w = w;
+  padded.g = g;
+  for (int i = 0; i < num_moments; ++i) {
+    std::copy_n(item.moments[i] + at, count, moments[i]);
+    padded.moments[i] = moments[i];
+  }
+  if (item.mask) {
+    std::copy_n(item.mask + at, count, mask);
+    padded.mask = mask;
+  }
+  const Vec made = step_vector<kind>(padded, 0, sums);
+  std::copy_n(w, count, item.w + at);
+  for (int i = 0; i < num_moments; ++i) {
+    std::copy_n(moments[i], count, item.moments[i] + at);
+  }
+  if constexpr (item_t::IS_LOW) {
+    store_rounded(made, made, item.rounded + at, count);
+  }
+}
+
+// The last weights of a tensor, fewer than torch's vectors hold: it takes them one by one, and so
+// it rounds.
 template <Kind kind, typename item_t>
 void step_rest(const item_t& item, int64_t at, int64_t count, Sums& sums) {
   constexpr int num_moments = item_t::NUM_MOMENTS;
@@ -361,10 +404,14 @@ void step_block(const item_t& shared, int64_t begin, int64_t end, double* out) {
     }
     at += LANES;
   }
+  if (at + TORCH_LANES <= end) {
+    step_padded<kind>(item, at, TORCH_LANES, sums);
+    at += TORCH_LANES;
+  }
   if (at < end) {
     step_rest<kind>(item, at, end - at, sums);
   }
-  if constexpr (kind == Kind::measured) {
+  if constexpr (is_measured(kind)) {
     sums.write(out);
   }
 }
@@ -380,12 +427,14 @@ void step_block(Kind kind, const item_t& item, int64_t begin, int64_t end, doubl
       return step_block<Kind::small>(item, begin, end, out);
     case Kind::small_masked:
       return step_block<Kind::small_masked>(item, begin, end, out);
+    case Kind::small_measured:
+      return step_block<Kind::small_measured>(item, begin, end, out);
     case Kind::any:
       return step_block<Kind::any>(item, begin, end, out);
     case Kind::any_masked:
       return step_block<Kind::any_masked>(item, begin, end, out);
-    case Kind::measured:
-      return step_block<Kind::measured>(item, begin, end, out);
+    case Kind::any_measured:
+      return step_block<Kind::any_measured>(item, begin, end, out);
   }
 }
 
@@ -394,10 +443,11 @@ Kind kind_of(const item_t& item, bool measures) {
   if (!item.mirror.is_on()) {
     return item.mask ? Kind::off_masked : Kind::off;
   }
+  const bool is_small = item.mirror.clamp <= SMALL;
   if (measures) {
-    return Kind::measured;
+    return is_small ? Kind::small_measured : Kind::any_measured;
   }
-  if (item.mirror.clamp <= SMALL) {
+  if (is_small) {
     return item.mask ? Kind::small_masked : Kind::small;
   }
   return item.mask ? Kind::any_masked : Kind::any;

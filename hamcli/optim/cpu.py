@@ -26,7 +26,9 @@ NUM_SUMS = 5
 
 # Taylor polynomials of expm1(e) / e: up to which |e| one is exact to 5e-9 of the weight, a tenth of
 # an fp32 digit, and its coefficients. A third of the time of torch.expm1 or less.
-POLYNOMIALS = (
+POLYNOMIALS: tuple[tuple[float, tuple[float, ...]], ...] = (
+    (2.0**-14, (1.0,)),
+    (2.0**-9, (1 / 2, 1.0)),
     (2.0**-6, (1 / 6, 1 / 2, 1.0)),
     (2.0**-3, (1 / 120, 1 / 24, 1 / 6, 1 / 2, 1.0)),
 )
@@ -274,11 +276,11 @@ def _step_blocks_(
         kept_part = None if kept is None else kept[block]
         if a != 0 or b != 0:
             e = scratch.get("exponent", g_part, dtype)
-            _exponent_(parts[0], g_part, e, (a, b, clamp), scratch)
+            extremes = _exponent_(parts[0], g_part, e, (a, b, clamp), scratch)
             if sums is None:
-                _multiply_(parts[0], e, scratch)
+                _multiply_(parts[0], e, extremes, scratch)
             else:
-                _multiply_and_measure_(parts[0], e, clamp, kept_part, scratch, sums)
+                _multiply_and_measure_(parts[0], e, extremes, clamp, kept_part, scratch, sums)
         if kept_part is not None:
             # the weights, and the first moment or the momentum; a second moment stays
             for part in parts[:2]:
@@ -295,31 +297,46 @@ def _exponent_(
     e: Tensor,
     exponents: tuple[float, float, float],
     scratch: "_Scratch",
-) -> None:
-    """Write clamp(-(a * sign(w) * g + b)) to `e`; `exponents` are a, b and the clamp."""
+) -> tuple[float, float]:
+    """Write clamp(-(a * sign(w) * g + b)) to `e`; `exponents` are a, b and the clamp.
+
+    Returns:
+        The least and the greatest, of which either is NaN if any is.
+    """
     a, b, clamp = exponents
     torch.sign(w, out=e)
     torch.addcmul(scratch.constant(-b, e), e, g, value=-a, out=e)
-    e.clamp_(-clamp, clamp)
-
-
-def _multiply_(w: Tensor, e: Tensor, scratch: "_Scratch") -> None:
-    """Multiply `w` by exp(e); `e` may be used up."""
     lowest, highest = (float(extreme) for extreme in e.aminmax())
+    if not (-clamp <= lowest and highest <= clamp):
+        e.clamp_(-clamp, clamp)
+    return max(lowest, -clamp), min(highest, clamp)
+
+
+def _multiply_(w: Tensor, e: Tensor, extremes: tuple[float, float], scratch: "_Scratch") -> None:
+    """Multiply `w` by exp(e); `e` may be used up."""
+    lowest, highest = extremes
     if w.dtype == torch.float32:
         for limit, coefficients in POLYNOMIALS:
             if -limit <= lowest and highest <= limit:
-                factor = scratch.get("polynomial", e, e.dtype)
-                first, second, *others = (scratch.constant(c, e) for c in coefficients)
-                torch.addcmul(second, first, e, out=factor)
-                for other in others:
-                    torch.addcmul(other, factor, e, out=factor)
-                w.addcmul_(w, factor.mul_(e))
+                w.addcmul_(w, _expm1(e, coefficients, scratch))
                 return
     if lowest < rule.CANCELS:
         w.copy_(rule.multiply(w, e))
     else:
         w.addcmul_(w, e.expm1_())
+
+
+def _expm1(e: Tensor, coefficients: Sequence[float], scratch: "_Scratch") -> Tensor:
+    """The polynomial with these coefficients, times `e`."""
+    if len(coefficients) == 1:
+        return e
+    first, second, *others = coefficients
+    factor = scratch.get("polynomial", e, e.dtype)
+    # not addcmul: with two numbers among its tensors it takes four times as long
+    torch.add(scratch.constant(second, e), e, alpha=first, out=factor)
+    for other in others:
+        torch.addcmul(scratch.constant(other, e), factor, e, out=factor)
+    return factor.mul_(e)
 
 
 def _drop_(values: Tensor, kept: Tensor, scratch: "_Scratch") -> None:
@@ -332,6 +349,7 @@ def _drop_(values: Tensor, kept: Tensor, scratch: "_Scratch") -> None:
 def _multiply_and_measure_(
     w: Tensor,
     e: Tensor,
+    extremes: tuple[float, float],
     clamp: float,
     kept: Tensor | None,
     scratch: "_Scratch",
@@ -340,7 +358,7 @@ def _multiply_and_measure_(
     """The same in bits, and what `NUM_SUMS` says is added to `sums`."""
     before = scratch.get("before", w, w.dtype).copy_(w)
     sizes = torch.abs(e, out=scratch.get("sizes", e, e.dtype))
-    _multiply_(w, e, scratch)
+    _multiply_(w, e, extremes, scratch)
     counted = before != 0 if kept is None else (before != 0) & kept
     moved = w != before if kept is None else (w != before) & kept
     _drop_(sizes, counted, scratch)

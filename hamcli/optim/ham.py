@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hamcli.optim import cpu, fused, plain
+from hamcli.optim import cpu, forms, fused, plain
 from hamcli.optim.exponents import (
     CALIBRATION_STEPS,
     alpha_now,
@@ -101,7 +101,8 @@ class HAM(torch.optim.Optimizer):
         strength: Mean |exponent| of a step at `lr_peak`, about; None for the scaling's own.
         clamp: Greatest |exponent|; None for 5 when raw, else 0.1.
         backend: Which form of the step runs: "cpu", "gpu", the slow "rule", or what suits the
-            device of each parameter.
+            device of each parameter. On a CPU the C++ extension; without a compiler numba, if it
+            is installed; else plain torch, block by block.
 
     Raises:
         ValueError: An argument is out of range, or contradicts another, or a parameter is complex.
@@ -261,7 +262,7 @@ class HAM(torch.optim.Optimizer):
             return plain
         require(on_cpu or name != "cpu", f"backend cpu cannot step {weight.device.type} weights")
         if on_cpu and name != "gpu":
-            return fused if fused.is_usable() else cpu
+            return forms.on_cpu()
         from hamcli.optim import gpu  # numpy and more, that a CPU has no use for
 
         is_usable = gpu.is_usable(weight)
@@ -343,8 +344,9 @@ class HAM(torch.optim.Optimizer):
 
     def _summarise(self, sums: Sequence[Tensor]) -> ExponentStatistics:
         """The statistics of the step just done; then the guard acts, for the next one."""
-        found = [of_group.tolist() for of_group in sums]
         groups = self.param_groups
+        params = [param for group in groups for param in group["params"]]
+        found = [of_group.tolist() for of_group in _of_all_shards(sums, params)]
         alphas = {alpha_now(group) for group in groups if has_mirrored(group)}
         guarded = [f for f, group in zip(found, groups, strict=True) if is_guarded(group)]
         size = sum(f[0] for f in guarded) / max(sum(f[3] for f in guarded), 1)
@@ -371,8 +373,9 @@ class HAM(torch.optim.Optimizer):
 
         Args:
             masks: Parameter to bool mask of its shape, True where the weight is kept; None lifts
-                its mask. Parameters not named keep theirs. Weights that are dropped, and their
-                momentum, are zeroed at once. The masks are copied.
+                its mask. Of a distributed parameter, the part that lies here. Parameters not named
+                keep theirs. Weights that are dropped, and their momentum, are zeroed at once. The
+                masks are copied.
 
         Raises:
             ValueError: A parameter is not this optimizer's, a mask is not bool or of another shape.
@@ -382,9 +385,10 @@ class HAM(torch.optim.Optimizer):
             require(param in ours, "a mask names a parameter that this optimizer does not hold")
             if mask is not None:
                 require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
+                mask, held = _local(mask), _local(param)
                 require(
-                    mask.shape == param.shape,
-                    f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(param.shape)}",
+                    mask.shape == held.shape,
+                    f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(held.shape)}",
                 )
         for param, mask in masks.items():
             state = self.state[param]
@@ -392,7 +396,8 @@ class HAM(torch.optim.Optimizer):
                 state.pop("ham_mask", None)
                 continue
             # in the memory order of the weights, so that no step has to turn it
-            state["ham_mask"] = torch.empty_like(param, dtype=torch.bool).copy_(mask)
+            state["ham_mask"] = torch.empty_like(param, dtype=torch.bool)
+            _local(state["ham_mask"]).copy_(_local(mask))
             _mask_(param, state)
 
     def masks(self) -> dict[Tensor, Tensor]:
@@ -516,6 +521,26 @@ def _placed(key: str, value: Tensor, param: Tensor) -> Tensor:
 def _local(tensor: Tensor) -> Tensor:
     """The part of a distributed tensor that lies here; any other tensor itself."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _of_all_shards(sums: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
+    """What was measured here and in the processes that hold the other shards; all act alike."""
+    sharded = next((param for param in params if hasattr(param, "to_local")), None)
+    if sharded is None:
+        return list(sums)
+    import torch.distributed as dist
+    from torch.distributed.tensor import DTensor
+
+    assert isinstance(sharded, DTensor)
+    mesh = sharded.device_mesh
+    added = torch.stack(list(sums)).to(_local(sharded).device)
+    greatest = added[:, -1].clone()
+    for axis, place in enumerate(sharded.placements):
+        if place.is_shard():
+            dist.all_reduce(added, group=mesh.get_group(axis))
+            dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
+    added[:, -1] = greatest
+    return list(added)
 
 
 def _over_shards(norms: tuple[float, float, int], param: Tensor) -> tuple[float, float, int]:

@@ -4,6 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -14,10 +15,11 @@ from pydantic_core import ErrorDetails
 
 from hamcli.errors import RecipeError, UsageError
 from hamcli.recipe.schema import Recipe
-from hamcli.recipe.text import MAX_BYTES, KeyPath, Parsed, parse, parse_value, shown
+from hamcli.recipe.text import MAX_BYTES, KeyPath, Parsed, is_number, parse, parse_value, shown
 
 SECRET_KEY = re.compile(r"(?i)token$|^token|secret|password|api_?key")
 NOT_SECRET = {"tokens"}
+FAULT_LIMIT = 20  # a file of ten thousand wrong keys is no recipe; nobody reads further
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,15 +49,21 @@ def read_recipe(layers: Iterable[Parsed]) -> ReadRecipe:
     for layer in layers:
         _merge(merged, layer.data, places, ())
         places.update(layer.places)
-    secrets = [_secret_fault(path, places) for path in _secret_paths(merged, ())]
+    secrets = list(_secret_paths(merged, ()))
     if secrets:
-        raise _joined(secrets)
+        faults = [_secret_fault(path, places) for path in secrets[:FAULT_LIMIT]]
+        raise _joined(faults, len(secrets))
     try:
         return ReadRecipe(Recipe.model_validate(merged), places)
     except ValidationError as error:
         details = error.errors(include_input=True, include_url=False)
-        faults = {fault.line(): fault for fault in (_fault(item, places) for item in details)}
-        raise _joined(list(faults.values())) from None
+        told: dict[str, RecipeError] = {}
+        for detail in details:  # members of a union tell the same fault twice
+            fault = _fault(detail, places)
+            told[fault.line()] = fault
+            if len(told) == FAULT_LIMIT:
+                break
+        raise _joined(list(told.values()), max(len(details), len(told))) from None
 
 
 def recipe_layer(name_or_path: str) -> Parsed:
@@ -68,15 +76,22 @@ def recipe_layer(name_or_path: str) -> Parsed:
         return parse(shipped_text(name_or_path), f"{name_or_path}.yaml")
     path = Path(name_or_path)
     looks_like_path = path.suffix in {".yaml", ".yml"} or len(path.parts) > 1
-    if not looks_like_path and not path.is_file():
+    if not looks_like_path and not _is_file(path):
         near = difflib.get_close_matches(name_or_path, shipped_names(), n=1)
         right = f'did you mean "{near[0]}"?' if near else "ham recipe list shows the shipped ones"
         raise RecipeError("E201", "no such recipe", shown(name_or_path), "", right)
     return parse(_file_bytes(path), path.name)
 
 
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError:  # too long a name
+        return False
+
+
 def _file_bytes(path: Path) -> bytes:
-    if not path.is_file():  # a FIFO or a device would hang or never end
+    if not _is_file(path):  # a FIFO or a device would hang or never end
         raise RecipeError("E201", "no such recipe file", path, "not a regular file")
     try:
         with path.open("rb") as file:
@@ -184,11 +199,12 @@ def _secret_fault(path: KeyPath, places: Mapping[KeyPath, str]) -> RecipeError:
     )
 
 
-def _joined(faults: list[RecipeError]) -> RecipeError:
+def _joined(faults: list[RecipeError], num_faults: int) -> RecipeError:
     first, *others = faults
-    return RecipeError(
-        first.code, first.what, first.where, first.why, first.right, first.hints, others
-    )
+    hints = first.hints
+    if len(faults) == FAULT_LIMIT < num_faults:
+        hints = (*hints, f"these are the first {FAULT_LIMIT} faults of about {num_faults}")
+    return RecipeError(first.code, first.what, first.where, first.why, first.right, hints, others)
 
 
 def _where(path: KeyPath, places: Mapping[KeyPath, str]) -> str:
@@ -244,8 +260,8 @@ def _key_path(loc: tuple[int | str, ...]) -> KeyPath:
 
 def _schema_at(path: KeyPath) -> dict[str, Any]:
     """JSON Schema of the key at `path`; empty where there is none."""
-    schema = Recipe.model_json_schema()
-    here: dict[str, Any] = schema
+    schema = _schema()
+    here = schema
     for part in path:
         if isinstance(part, int):
             here = here.get("items", {})
@@ -258,6 +274,11 @@ def _schema_at(path: KeyPath) -> dict[str, Any]:
     return here
 
 
+@cache
+def _schema() -> dict[str, Any]:
+    return Recipe.model_json_schema()
+
+
 def _members(path: KeyPath) -> list[dict[str, Any]]:
     here = _schema_at(path)
     members: list[dict[str, Any]] = here.get("anyOf", [here])
@@ -267,7 +288,7 @@ def _members(path: KeyPath) -> list[dict[str, Any]]:
 def _near_key(path: KeyPath) -> str:
     *parent, key = path
     known = list(_schema_at(tuple(parent)).get("properties", {}))
-    near = difflib.get_close_matches(str(key), known, n=1)
+    near = difflib.get_close_matches(shown(key), known, n=1)
     if near:
         return f'did you mean "{near[0]}"?'
     elsewhere = [
@@ -287,7 +308,7 @@ def _choices(path: KeyPath) -> list[str]:
 
 def _near_choice(path: KeyPath, value: object) -> str:
     choices = _choices(path)
-    near = difflib.get_close_matches(str(value), choices, n=1)
+    near = difflib.get_close_matches(shown(value), choices, n=1)
     listed = "one of " + ", ".join(choices)
     return f'did you mean "{near[0]}"? {listed}' if near else listed
 
@@ -334,7 +355,7 @@ def _type_text(path: KeyPath, value: object) -> str:
     text = "must be " + _allowed(path)
     if isinstance(value, str) and re.fullmatch(r"[0-9.]+ ?%", value):
         return f"{text}: did you mean {float(value.rstrip('% ')) / 100:g}?"
-    if isinstance(value, str) and re.fullmatch(r"[-+0-9.eE]+", value):
+    if isinstance(value, str) and is_number(value):
         return f"{text}: remove the quotes"
     return text
 

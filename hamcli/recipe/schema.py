@@ -228,7 +228,7 @@ class TrainingSection(Section):
     """How long, how much at once, in which numbers, on what."""
 
     steps: Count = Field(1000, description="optimizer steps")
-    batch_size: Count = Field(32, description="examples a micro-step")
+    batch_size: Count = Field(32, description="examples a micro-step, of all processes together")
     accumulation: Count = Field(1, description="micro-steps an optimizer step")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="autocast; auto = bf16 where a GPU has it, fp32 elsewhere"
@@ -236,6 +236,11 @@ class TrainingSection(Section):
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_every: Count = Field(100, description="optimizer steps between run checkpoints")
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:[0-9]{1,2})?)$")
+    parallel: Literal["auto", "none", "ddp", "fsdp"] = Field(
+        "auto",
+        description="of several processes: ddp, each holds all weights; fsdp, each a part; auto = "
+        "ddp where a launcher started several",
+    )
 
 
 class EvaluationSection(Section):
@@ -243,6 +248,11 @@ class EvaluationSection(Section):
 
     examples: Count = Field(512, description="held-out examples at most")
     batch_size: Count = 32
+    speed: Literal["auto", "off"] = Field(
+        "auto",
+        description="seconds of inference by hamcli.load beside dense, after a run on a CPU in "
+        "fp32; off = not measured",
+    )
 
 
 class ExportSection(Section):

@@ -183,7 +183,7 @@ def _loading(report: Report) -> str:
     auto_class = AUTO_CLASSES.get(task, "AutoModel")
     helper = "AutoImageProcessor" if task == "image-classification" else "AutoTokenizer"
     variable = "processor" if task == "image-classification" else "tokenizer"
-    is_packed = report.recipe.get("export", {}).get("format") == "packed"
+    is_packed = report.size.format == "packed"
     need = (
         "A packed checkpoint: `pip install hamcli`, import it, and it loads as any other. "
         "`ham export FOLDER --format dense` makes a stock checkpoint of it, bit for bit."

@@ -16,6 +16,7 @@ from hamcli.report import charts, heatmap, wording
 from hamcli.report.page import render_page
 from hamcli.report.records import (
     Curves,
+    EnvironmentRecord,
     QualityRecord,
     Report,
     SizeRecord,
@@ -126,11 +127,12 @@ def _quality(quality: QualityRecord) -> dict[str, Any]:
 
 
 def _size_bars(size: SizeRecord) -> list[Bar]:
+    written = "sparse, dense form" if size.format == "packed" else "written"
     values = [
         ("input", size.input_bytes, "dense"),
-        ("written", size.dense_bytes, "sparse"),
+        (written, size.dense_bytes, "sparse"),
         ("input, gzip", size.input_gzip_bytes, "dense"),
-        ("written, gzip", size.gzip_bytes, "sparse"),
+        (f"{written}, gzip", size.gzip_bytes, "sparse"),
         ("packed", size.packed_bytes, "sparse"),
     ]
     largest = max([value for _, value, _ in values if value is not None]) or 1
@@ -287,6 +289,11 @@ def _zero_bars(report: Report) -> list[Bar]:
     ]
 
 
+def _processes(environment: EnvironmentRecord) -> str:
+    kind = f", {environment.parallel}" if environment.num_processes > 1 else ""
+    return f"{environment.num_processes}{kind}"
+
+
 def _environment_facts(report: Report) -> list[tuple[str, str]]:
     environment = report.environment
     device = environment.device
@@ -295,6 +302,7 @@ def _environment_facts(report: Report) -> list[tuple[str, str]]:
     known = [
         ("device", device),
         ("threads", str(environment.threads)),
+        ("processes", _processes(environment)),
         ("precision", environment.precision),
         ("platform", environment.platform),
         ("python", environment.python),

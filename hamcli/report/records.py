@@ -25,8 +25,9 @@ REPORT_NAME = "report.json"
 REPORT_LIMIT_BYTES = 64 * 2**20
 CURVE_LIMIT = 2000
 
-# Times measured on the machine: the only numbers that may differ between two identical runs.
-VOLATILE = ("speed.dense", "speed.ratio", "speed.sparse", "training.seconds")
+# Measured on the machine: all that may differ between two identical runs. Where zeros gain little
+# the speed may be there once and be null, with its reason, another time.
+VOLATILE = ("speed", "speed_reason", "training.seconds")
 
 # A list without nested lists, objects or strings. JSON strings hold no raw line break, so that the
 # one after the bracket proves that the match is no part of a string.
@@ -64,7 +65,12 @@ class ModelRecord:
 
 @dataclass(frozen=True, slots=True)
 class EnvironmentRecord:
-    """The machine and the versions that the bytes depend on; no host name, no path, no time."""
+    """The machine and the versions that the bytes depend on; no host name, no path, no time.
+
+    Args:
+        num_processes: That trained together, as counted when they had met.
+        parallel: none, ddp or fsdp.
+    """
 
     versions: dict[str, str] = dataclasses.field(default_factory=dict)
     device: str = "cpu"
@@ -73,6 +79,8 @@ class EnvironmentRecord:
     precision: str | None = None
     python: str | None = None
     platform: str | None = None
+    num_processes: int = 1
+    parallel: str = "none"
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,11 +207,12 @@ class SizeRecord:
     """Bytes of the weights on disk.
 
     Args:
-        dense_bytes: The written weight files.
-        packed_bytes: The same in the packed form, when it was written.
-        gzip_bytes: The written weight files after gzip.
+        dense_bytes: The weight files in the dense form.
+        packed_bytes: The same in the packed form.
+        gzip_bytes: The dense form after gzip.
         input_bytes: The weight files the run started from.
         input_gzip_bytes: Those after gzip.
+        format: Form of the weight files that lie beside the report, dense or packed.
     """
 
     dense_bytes: int
@@ -211,6 +220,13 @@ class SizeRecord:
     gzip_bytes: int | None = None
     input_bytes: int | None = None
     input_gzip_bytes: int | None = None
+    format: str = "dense"
+
+    @property
+    def written_bytes(self) -> int:
+        """The weight files as they lie there."""
+        is_packed = self.format == "packed" and self.packed_bytes is not None
+        return cast(int, self.packed_bytes) if is_packed else self.dense_bytes
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,7 +113,9 @@ def exactness(sparsity: SparsityRecord) -> str:
 
 def size_line(size: SizeRecord) -> str:
     """What the zeros do to the bytes on disk, claiming no more than was measured."""
-    if size.input_bytes is None:
+    if size.format == "packed":
+        first = f"Packed, for {megabytes(size.dense_bytes)} of dense weights"
+    elif size.input_bytes is None:
         first = "A dense file stores its zeros"
     elif size.input_bytes == size.dense_bytes:
         first = "File size unchanged: a dense file stores its zeros"
@@ -122,10 +124,11 @@ def size_line(size: SizeRecord) -> str:
         change = abs(size.dense_bytes - size.input_bytes)
         first = f"File {megabytes(change)} {way} than the input's"
     others = []
-    if size.packed_bytes is not None:
+    made = "if they were compressed" if size.format == "packed" else "if compressed"
+    if size.packed_bytes is not None and size.format != "packed":
         others.append(f"{megabytes(size.packed_bytes)} in the packed form")
     if size.gzip_bytes is not None:
-        others.append(f"{megabytes(size.gzip_bytes)} if compressed with gzip")
+        others.append(f"{megabytes(size.gzip_bytes)} {made} with gzip")
     return f"{'; '.join([first, ', '.join(others)]) if others else first}."
 
 

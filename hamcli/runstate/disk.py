@@ -48,7 +48,7 @@ def disk_error(what: str, path: Path, error: OSError) -> ResourceError:
     why = error.strerror or str(error)
     if error.errno in _FULL:
         free = f"{free_bytes(path) // MIB} MiB free"
-        hint = "free some space, then the same command with --resume"
+        hint = "free some space, then the same command; with --resume where a run was saved"
         return ResourceError("E501", what, path, why, free, [hint])
     if error.errno in _FORBIDDEN:
         return ResourceError("E502", what, path, why, "a folder that you may write")

@@ -17,7 +17,10 @@ _PACKAGES = ("hamcli", "torch", "transformers", "safetensors", "accelerate", "nu
 # Another one of these is another run, or only a warning.
 _HARD = ("recipe", "model", "data", "seed")
 _SOFT = ("versions", "device", "threads", "num_processes")
-_DEVICE_KEYS = {"training.device"}  # a place, not a wish: another one is a warning
+_DEVICE_KEYS = {
+    "training.device",
+    "training.parallel",
+}  # a place, not a wish: another one is a warning
 _SHOWN = 2
 _TEXT_LIMIT = 80
 

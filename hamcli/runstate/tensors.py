@@ -39,9 +39,16 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"]) -> tuple[int, str
         Diverged: E702, a tensor holds NaN or infinity.
         OSError: The disk failed.
     """
-    # Widest first keeps each tensor aligned to its element, as the library does.
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    return write_file(path, _chunks(path, {name: tensors[name] for name in names}))
+    ordered = {name: tensors[name] for name in writing_order(tensors)}
+    return write_file(path, _chunks(path, ordered))
+
+
+def writing_order(tensors: Mapping[str, "Tensor"]) -> list[str]:
+    """Names in the order in which `write_tensors` asks for the data of each.
+
+    Widest first, which keeps each tensor aligned to its element, as the library does.
+    """
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
 
 
 def _chunks(path: Path, tensors: Mapping[str, "Tensor"]) -> Iterator[bytes | memoryview]:
@@ -70,6 +77,8 @@ def _data(path: Path, name: str, tensor: "Tensor") -> memoryview:
     import torch
 
     tensor = tensor.detach()
+    if hasattr(tensor, "full_tensor"):  # cut over processes, which all give their part now
+        tensor = tensor.full_tensor()
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         raise Diverged(
             "E702",

@@ -125,6 +125,7 @@ def _measure(module: SparseLinear, rows: int) -> dict[str, float]:
         x = torch.randn(rows, module.in_features, generator=generator)
         jobs["dense"] = lambda: module.multiply_dense(x)
         for name in module.backends:
+            # its checks are part of what it costs
             jobs[name] = lambda name=name: module.multiply(name, x)  # type: ignore[misc]
         # one thread's own time is not disturbed by other processes
         now = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter

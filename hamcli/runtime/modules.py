@@ -8,6 +8,8 @@ from torch.nn import functional
 
 from hamcli.runtime.kernels import Kernel
 
+MOST_PLANS = 1024
+
 Choose = Callable[["SparseLinear", int], str]
 """A module and the number of rows -> name of a kernel, or "dense"."""
 
@@ -17,7 +19,7 @@ class SparseLinear(nn.Module):
 
     The dense weight stays the parameter, so that state_dict, ties and save_pretrained give it back
     bit for bit; the sparse forms beside it hold what is not zero. Dense runs when a gradient
-    is asked for, when the weight was changed or moved, and for other dtypes than fp32.
+    is asked for, when the weight was changed or moved, and for inputs of another dtype or device.
 
     Args:
         dense: The module to stand for.
@@ -46,6 +48,8 @@ class SparseLinear(nn.Module):
         self.is_off = False
         self.training = dense.training
         self._kernels, self._choose = dict(kernels), choose
+        self._device_type = weight.device.type
+        self._plans: dict[tuple[int, int], Kernel | None] = {}
         self._made_of = _state(weight)
 
     @property
@@ -57,16 +61,33 @@ class SparseLinear(nn.Module):
         """Multiply x [..., in]; [..., out]."""
         if self.is_off or not self._may_be_sparse(x):
             return self.multiply_dense(x)
-        rows = x.reshape(-1, self.in_features)
-        name = self._choose(self, rows.shape[0])
-        if name == "dense":
-            return self.multiply_dense(x)
-        return self.multiply(name, rows).view(*x.shape[:-1], self.out_features)
+        kernel = self._kernel_for(x.numel() // self.in_features)
+        return self.multiply_dense(x) if kernel is None else self._run(kernel, x)
 
-    def multiply(self, name: str, rows: Tensor) -> Tensor:
-        """The product by one kernel: rows [n, in] -> [n, out]."""
-        bias = self.bias.detach() if self.bias is not None else None
-        return self._kernels[name](rows.detach().contiguous(), bias)
+    def multiply(self, name: str, x: Tensor) -> Tensor:
+        """As `forward`, with all its checks, by the kernel of that name."""
+        if self.is_off or not self._may_be_sparse(x):
+            return self.multiply_dense(x)
+        return self._run(self._kernels[name], x)
+
+    def _kernel_for(self, rows: int) -> Kernel | None:
+        """What was chosen for that many rows at torch's threads; None for dense."""
+        asked = rows, torch.get_num_threads()
+        if asked not in self._plans:
+            if len(self._plans) >= MOST_PLANS:
+                self._plans.clear()
+            self._plans[asked] = self._kernels.get(self._choose(self, rows))
+        return self._plans[asked]
+
+    def _run(self, kernel: Kernel, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        bias = self._parameters["bias"]
+        if x.requires_grad:
+            rows = rows.detach()
+        if bias is not None and bias.requires_grad:
+            bias = bias.detach()  # type: ignore[assignment]  # a tensor like the parameter
+        found = kernel(rows if rows.is_contiguous() else rows.contiguous(), bias)
+        return found if x.dim() == 2 else found.view(*x.shape[:-1], self.out_features)
 
     def multiply_dense(self, x: Tensor) -> Tensor:
         """The product as the dense module makes it."""
@@ -78,19 +99,19 @@ class SparseLinear(nn.Module):
         return found.view(*x.shape[:-1], self.out_features)
 
     def _may_be_sparse(self, x: Tensor) -> bool:
-        needs_gradient = torch.is_grad_enabled() and (
-            x.requires_grad
-            or self.weight.requires_grad
-            or (self.bias is not None and self.bias.requires_grad)
-        )
-        is_plain = x.dtype == torch.float32 and x.device.type == "cpu"
-        is_mixed = torch.is_autocast_enabled("cpu")
+        # a few microseconds here are a tenth of a small product
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if torch.is_grad_enabled() and (
+            x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+        ):
+            return False
         return (
-            is_plain
-            and not needs_gradient
-            and not is_mixed
+            x.dtype == weight.dtype
+            and x.device == weight.device
             and x.numel() > 0
-            and _state(self.weight) == self._made_of
+            and not torch.is_autocast_enabled(self._device_type)
+            and _state(weight) == self._made_of
         )
 
     def extra_repr(self) -> str:

@@ -8,17 +8,19 @@
     owl      layers with more outliers stay denser (Yin et al., arXiv 2310.05175)
 
 Every allocation sums to the number asked for, exactly, and keeps each tensor between its bounds.
+Only what looks at scores imports torch.
 """
 
 import math
 from collections.abc import Sequence
 from fractions import Fraction
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from hamcli.errors import RecipeError
-from hamcli.sparsity.score import Scores, layer_adaptive
-from hamcli.sparsity.select import exact, global_counts
+from hamcli.sparsity.counting import exact
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Shape = Sequence[int]
 
@@ -31,7 +33,7 @@ def allocate(
     num_zeros: int,
     allocation: str,
     *,
-    scores: Sequence[Tensor] | None = None,
+    scores: "Sequence[Tensor] | None" = None,
     min_sparsity: float | Fraction = 0.0,
     max_sparsity: float | Fraction = 1.0,
     already: Sequence[int] | None = None,
@@ -71,6 +73,8 @@ def allocate(
     assert allocation in ("global", "lamp"), allocation
     assert scores is not None, "a global allocation is made by scores"
     if allocation == "lamp":
+        from hamcli.sparsity.score import layer_adaptive
+
         scores = [layer_adaptive(score) for score in scores]
     return _global(scores, num_zeros, lower, upper)
 
@@ -161,9 +165,11 @@ def _owl(
 
 
 def _global(
-    scores: Sequence[Tensor], num_zeros: int, lower: Sequence[int], upper: Sequence[int]
+    scores: "Sequence[Tensor]", num_zeros: int, lower: Sequence[int], upper: Sequence[int]
 ) -> list[int]:
     """clamp(number of scores below a common threshold, lower, upper), summing to `num_zeros`."""
+    from hamcli.sparsity.select import global_counts
+
     counts: dict[int, int] = {}
     free = list(range(len(lower)))
     while free:
@@ -183,7 +189,9 @@ def _global(
     return [counts[i] for i in range(len(lower))]
 
 
-def _only(scores: Sequence[Tensor], indices: Sequence[int]) -> Sequence[Tensor]:
+def _only(scores: "Sequence[Tensor]", indices: Sequence[int]) -> "Sequence[Tensor]":
+    from hamcli.sparsity.score import Scores
+
     if len(indices) == len(scores):
         return scores
     if isinstance(scores, Scores):

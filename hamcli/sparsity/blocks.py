@@ -5,23 +5,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hamcli.sparsity.rules import Prunable
 from hamcli.sparsity.targets import Target
 
 Block = tuple[int, int]
 
 
-def axes(target: Target) -> tuple[int, int]:
+def axes(target: Prunable) -> tuple[int, int]:
     """The output axis and the input axis of a target."""
     first = 1 if target.is_stacked else 0
-    outputs = next(axis for axis in range(first, target.param.dim()) if axis != target.input_dim)
+    outputs = next(axis for axis in range(first, len(target.shape)) if axis != target.input_dim)
     return outputs, target.input_dim
 
 
-def fits(target: Target, block: Block) -> bool:
+def fits(target: Prunable, block: Block) -> bool:
     """Whether the target can be cut into whole blocks."""
     outputs, inputs = axes(target)
-    shape = target.param.shape
-    return shape[outputs] % block[0] == 0 and shape[inputs] % block[1] == 0
+    return target.shape[outputs] % block[0] == 0 and target.shape[inputs] % block[1] == 0
+
+
+def shape_of(target: Target, block: Block) -> tuple[int, ...]:
+    """Shape of `block_sums` of the whole tensor."""
+    moved = torch.empty(target.shape, device="meta").movedim(axes(target), (-2, -1)).shape
+    return (*moved[:-2], moved[-2] // block[0], moved[-1] // block[1])
+
+
+def is_in_rows(target: Target) -> bool:
+    """Whether the order of the blocks is that of the rows of the tensor: matrices and stacks."""
+    return axes(target) == ((1, 2) if target.is_stacked else (0, 1)) and target.param.dim() == (
+        3 if target.is_stacked else 2
+    )
 
 
 def block_sums(score: Tensor, target: Target, block: Block) -> Tensor:

@@ -84,7 +84,7 @@ def make_course(
 def make_score(kind: str, targets: Targets, seed: int, activation: Score | None = None) -> Score:
     """The score of a name: magnitude, first-order, random or wanda."""
     if kind == "random":
-        return make_random(targets.params, seed)
+        return make_random(targets, seed)
     if kind == "wanda":
         assert activation is not None, "wanda is made by activations"
         return activation

@@ -32,7 +32,7 @@ class Course:
     def __init__(self, targets: Targets, sparsifier: Sparsifier) -> None:
         self.targets = targets
         self.sparsifier = sparsifier
-        self.params: list[Tensor] = targets.params
+        self.params: list[Tensor] = targets.trained
 
     @property
     def pairs(self) -> list[tuple[Tensor, Tensor]]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from hamcli.sparsity.across import Across, totals
 from hamcli.sparsity.score import magnitude
 from hamcli.sparsity.select import exact_mask
 
@@ -19,7 +20,13 @@ def annealed(fraction: float, step: int, last: int) -> float:
 
 
 @torch.no_grad()
-def exchanged(mask: Tensor, score: Tensor, gradient: Tensor, fraction: float) -> Tensor:
+def exchanged(
+    mask: Tensor,
+    score: Tensor,
+    gradient: Tensor,
+    fraction: float,
+    across: Across | None = None,
+) -> Tensor:
     """A mask with as many kept as `mask`, of which `fraction` are new (RigL, arXiv 1911.11134).
 
     What goes are the smallest scores among the kept; what comes are the greatest |gradient| among
@@ -31,25 +38,32 @@ def exchanged(mask: Tensor, score: Tensor, gradient: Tensor, fraction: float) ->
         score: 0 or more, of the shape of `mask`.
         gradient: Of the loss by every weight, masked ones too.
         fraction: Of the kept, 0 to 1.
+        across: The processes that hold the other rows of the tensor; None where it is whole.
     """
     wanted = (~mask) & (gradient != 0) & gradient.isfinite()
-    count = min(math.floor(fraction * int(mask.count_nonzero())), int(wanted.count_nonzero()))
+    kept, free, size = totals(
+        [int(mask.count_nonzero()), int(wanted.count_nonzero()), mask.numel()], across
+    )
+    count = min(math.floor(fraction * kept), free)
     if count == 0:
         return mask.clone()
     most = torch.finfo(score.dtype).max
-    staying = exact_mask(torch.where(mask, score, most), count)
+    staying = exact_mask(torch.where(mask, score, most), count, across)
     growth = torch.where(wanted, gradient.abs().float(), -1.0)
-    grown = exact_mask(growth, mask.numel() - count)
+    grown = exact_mask(growth, size - count, across)
     return (mask & staying) | grown
 
 
 def exchange_all(
-    params: Sequence[Tensor], masks: Sequence[Tensor], fraction: float
+    params: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    fraction: float,
+    across: Across | None = None,
 ) -> list[Tensor]:
     """The same for each tensor, by |w| and by the gradient that it holds; none, no exchange."""
     return [
         mask.clone()
         if param.grad is None
-        else exchanged(mask, magnitude(param), param.grad, fraction)
+        else exchanged(mask, magnitude(param), param.grad, fraction, across)
         for param, mask in zip(params, masks, strict=True)
     ]

@@ -16,17 +16,18 @@ from torch import Tensor
 
 from hamcli.errors import RecipeError
 from hamcli.sparsity import blocks
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.exchange import annealed, exchange_all, exchanged
 from hamcli.sparsity.masks import (
-    Rules,
     apply_masks_,
     choose_masks,
-    make_rules,
     nonzero_masks,
     num_dropped,
     prune_masks,
+    refuse_cut,
     zeros_at_end,
 )
+from hamcli.sparsity.rules import Rules, make_rules, settled_allocation
 from hamcli.sparsity.schedule import (
     AtOnce,
     Exchanging,
@@ -36,7 +37,6 @@ from hamcli.sparsity.schedule import (
     make_ramp,
 )
 from hamcli.sparsity.score import Score, magnitude
-from hamcli.sparsity.select import num_zeros
 from hamcli.sparsity.targets import Targets
 
 __all__ = ["Method", "Sparsifier", "apply_masks_", "make_sparsifier", "prune_masks"]
@@ -85,7 +85,7 @@ class Sparsifier:
         self._method = method
         self.masks: list[Tensor] | None = None
         nonzero = nonzero_masks(targets)
-        self.natural_zeros = num_dropped(nonzero)
+        self.natural_zeros = num_dropped(nonzero, targets.across)
         self.num_zeros = (
             rules.num_zeros if method.regrows else zeros_at_end(targets, rules, nonzero)
         )
@@ -161,7 +161,7 @@ class Sparsifier:
         """The masks after an exchange, of weights or of whole blocks."""
         params, block = self._targets.params, self._rules.block
         if block is None:
-            return exchange_all(params, masks, fraction)
+            return exchange_all(params, masks, fraction, self._targets.across)
         made = []
         for target, mask in zip(self._targets, masks, strict=True):
             grad = target.param.grad
@@ -173,6 +173,7 @@ class Sparsifier:
                 blocks.block_sums(magnitude(target.param), target, block),
                 blocks.block_sums(grad.abs(), target, block),
                 fraction,
+                self._targets.across,
             )
             made.append(blocks.spread(keep, target, block))
         return made
@@ -205,7 +206,7 @@ class Sparsifier:
 
     def _hold(self, masks: Sequence[Tensor]) -> None:
         self.masks = list(masks)
-        self._num_masked = num_dropped(masks)
+        self._num_masked = num_dropped(masks, self._targets.across)
 
 
 def make_sparsifier(
@@ -269,24 +270,12 @@ def make_sparsifier(
         max_sparsity=max_sparsity,
         outliers=outliers,
     )
+    refuse_cut(targets, rules)
     times = Times(
         steps, ramp_start, freeze_last, update_every, phase, drop_fraction, cycles, start_sparsity
     )
     made = METHODS[method](target, times)
     return Sparsifier(targets, rules, replace(made, score=score))
-
-
-def settled_allocation(method: str, allocation: str, pattern: str) -> str:
-    """What `auto` means: as published, erk for random and rigl, uniform for wanda and sparsegpt.
-
-    For all others global.
-    """
-    if allocation != "auto":
-        return allocation
-    if method in ("wanda", "sparsegpt"):
-        return "uniform"
-    is_grouped = ":" in pattern and not pattern.startswith("block")
-    return "erk" if method in ("random", "rigl") and not is_grouped else "global"
 
 
 @dataclass(frozen=True, slots=True)

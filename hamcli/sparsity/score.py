@@ -2,10 +2,15 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import torch
 from torch import Tensor
+
+from hamcli.sparsity.across import Across
+
+if TYPE_CHECKING:
+    from hamcli.sparsity.targets import Target
 
 Score = Callable[[Tensor], Tensor]
 
@@ -31,13 +36,16 @@ def first_order(param: Tensor) -> Tensor:
     return (param.detach() * param.grad).abs().nan_to_num()
 
 
-def make_random(params: Sequence[Tensor], seed: int) -> Score:
+def make_random(targets: "Sequence[Target]", seed: int) -> Score:
     """Uniform in [0, 1), fp32: the same for a tensor at each asking, made of seed and place."""
-    places = {id(param): place for place, param in enumerate(params)}
+    places = {id(target.param): place for place, target in enumerate(targets)}
 
     def random(param: Tensor) -> Tensor:
+        target = targets[places[id(param)]]
         generator = torch.Generator().manual_seed((seed << 20) + places[id(param)])
-        return torch.rand(param.shape, generator=generator).to(param.device)
+        made = torch.rand(target.shape, generator=generator)
+        begin = 0 if target.part is None else target.part.begin
+        return made[begin : begin + len(param)].to(param.device)
 
     return random
 
@@ -86,12 +94,14 @@ class Scores(Sequence[Tensor]):
         score: Weights → finite scores of 0 or more.
         masks: Weights these drop score below all others, so that what is zero stays so.
         candidates: Weights these keep score above all others: they are not to be dropped yet.
+        across: The processes that hold the other rows; None where the weights are whole.
     """
 
     params: Sequence[Tensor]
     score: Score = magnitude
     masks: Sequence[Tensor] | None = None
     candidates: Sequence[Tensor] | None = None
+    across: Across | None = None
 
     def __len__(self) -> int:
         return len(self.params)
@@ -137,6 +147,7 @@ class Scores(Sequence[Tensor]):
             self.score,
             None if self.masks is None else [self.masks[index] for index in indices],
             None if self.candidates is None else [self.candidates[index] for index in indices],
+            self.across,
         )
 
 

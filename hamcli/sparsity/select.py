@@ -12,7 +12,6 @@ Python integers or int64. NaN is above all numbers.
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import torch
 from torch import Tensor
 
 from hamcli.native import selection
+from hamcli.sparsity.across import Across
 from hamcli.sparsity.score import Scores, magnitude
 
 CHUNK = 1 << 18  # elements; a chunk and its keys stay in a core's cache
@@ -84,21 +84,6 @@ class Threshold:
     dtype: torch.dtype
 
 
-def exact(fraction: float) -> Fraction:
-    """The number a person wrote: 0.9 is nine tenths, not the double nearest to them."""
-    return Fraction(repr(float(fraction)))
-
-
-def num_zeros(target: float, total: int) -> int:
-    """round(target * total), half to even, computed on the decimal that was written.
-
-    Args:
-        target: Sparsity, 0 to 1.
-        total: Number of weights.
-    """
-    return min(max(round(exact(target) * total), 0), total)
-
-
 def global_counts(scores: Sequence[Tensor], num_zeros: int) -> list[int]:
     """How many of each tensor are among the `num_zeros` smallest of all.
 
@@ -109,7 +94,11 @@ def global_counts(scores: Sequence[Tensor], num_zeros: int) -> list[int]:
     threshold = find_threshold(scores, num_zeros)
     ties_left = threshold.ties
     counts = []
-    for below, at in _count(scores, threshold):
+    found = _count(scores, threshold)
+    across = _across(scores)
+    if across is not None and found:
+        found = [(int(below), int(at)) for below, at in across.add(np.array(found))]
+    for below, at in found:
         taken = min(at, ties_left)
         ties_left -= taken
         counts.append(below + taken)
@@ -119,12 +108,44 @@ def global_counts(scores: Sequence[Tensor], num_zeros: int) -> list[int]:
 def global_masks(scores: Sequence[Tensor], num_zeros: int) -> list[Tensor]:
     """Masks, True where kept, that drop the `num_zeros` smallest of all; one bool tensor each."""
     threshold = find_threshold(scores, num_zeros)
-    return _keep_masks(scores, threshold, threshold.ties)[0]
+    across = _across(scores)
+    if across is None:
+        return _keep_masks(scores, threshold, threshold.ties)[0]
+    ties = _ties_here(scores, threshold, across)
+    return [
+        _keep_masks(_only(scores, index), threshold, count)[0][0]
+        for index, count in enumerate(ties)
+    ]
 
 
-def exact_mask(score: Tensor, num_zeros: int) -> Tensor:
-    """Bool mask, True where kept, that drops exactly the `num_zeros` smallest scores."""
-    return global_masks([score], num_zeros)[0]
+def _across(scores: Sequence[Tensor]) -> Across | None:
+    """The processes that hold the other rows of what is scored."""
+    return scores.across if isinstance(scores, Scores) else None
+
+
+def _ties_here(scores: Sequence[Tensor], threshold: Threshold, across: Across) -> list[int]:
+    """How many ties of each tensor are dropped here, so that the first ones of all go.
+
+    First are the earlier tensors, and within one the earlier rows, which earlier processes hold.
+    """
+    found = across.gather([at for _, at in _count(scores, threshold)])
+    ordered = found.T.reshape(-1)  # tensor by tensor, in each process by process
+    before = (np.cumsum(ordered) - ordered).reshape(found.T.shape)[:, across.rank]
+    here = np.clip(threshold.ties - before, 0, found[across.rank])
+    return [int(count) for count in here]
+
+
+def exact_mask(score: Tensor, num_zeros: int, across: Across | None = None) -> Tensor:
+    """Bool mask, True where kept, that drops exactly the `num_zeros` smallest scores.
+
+    Args:
+        score: Of one tensor, or of the rows of one that lie here.
+        num_zeros: Of the whole tensor.
+        across: The processes that hold the other rows.
+    """
+    if across is None:
+        return global_masks([score], num_zeros)[0]
+    return global_masks(Scores([score], lambda one: one, across=across), num_zeros)[0]
 
 
 def exact_masks(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:
@@ -161,7 +182,7 @@ def find_threshold(scores: Sequence[Tensor], num_zeros: int) -> Threshold:
         scores: Gone through once for each digit; mixed dtypes are compared as their common one.
         num_zeros: 0 to the number of all scores.
     """
-    dtype, counts = _count_top_digits(scores)
+    dtype, counts = _count_all_top_digits(scores)
     bits = torch.finfo(dtype).bits
     offset = 1 << (bits - 1)
     if num_zeros == 0:
@@ -170,7 +191,9 @@ def find_threshold(scores: Sequence[Tensor], num_zeros: int) -> Threshold:
     for shift in range(bits - 2 * DIGIT_BITS, -1, -DIGIT_BITS):
         # keys are signed, the digits found so far are not
         begins = prefix - (offset >> (shift + DIGIT_BITS))
-        digit, left = _find_digit(_count_digits(scores, dtype, shift, begins), left)
+        counts = _count_digits(scores, dtype, shift, begins)
+        across = _across(scores)
+        digit, left = _find_digit(counts if across is None else across.add(counts), left)
         prefix = prefix << DIGIT_BITS | digit
     return Threshold(prefix - offset, left, dtype)
 
@@ -235,6 +258,23 @@ def _streams(scores: Sequence[Tensor], dtype: torch.dtype | None = None) -> _Str
     if not values or not selection.takes(values, masks) or dtype not in (None, values[0].dtype):
         return None
     return _Streams(values, {"magnitude": is_magnitude, "masks": masks})
+
+
+def _count_all_top_digits(scores: Sequence[Tensor]) -> tuple[torch.dtype, Counts]:
+    """As `_count_top_digits`, over all processes, in a dtype that holds the scores of all."""
+    dtype, counts = _count_top_digits(scores)
+    across = _across(scores)
+    if across is None:
+        return dtype, counts
+    known = list(_KEYS)
+    # a process without any row has no say
+    said = across.gather([known.index(dtype) if counts.any() else -1]).flatten()
+    dtypes = [known[int(place)] for place in said if place >= 0]
+    common = functools.reduce(torch.promote_types, dtypes) if dtypes else dtype
+    if common != dtype and counts.any():
+        every = (chunk for index in range(len(scores)) for chunk in _chunks(scores, index))
+        counts = sum((_count_top_digit(chunk, common) for chunk in every), NO_COUNTS)
+    return common, across.add(counts)
 
 
 def _count_top_digits(scores: Sequence[Tensor]) -> tuple[torch.dtype, Counts]:

@@ -5,20 +5,33 @@ experts of one module apart) and it has two or more dimensions. A tied tensor is
 its first name; so are layers that a model runs through several times.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor, nn
 
-from hamcli.errors import RecipeError
-from hamcli.sparsity.globs import is_literal, literal, matches, nearest
+from hamcli.sparsity.across import Across
+from hamcli.sparsity.choice import ROUTERS, choose, is_dense_by_name, module_of
 
-AUTO = "auto"  # among the excluded globs it stands for those found in the model
-
-_ROUTERS = ("gate", "router", "shared_expert_gate")
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What tells the rows that one of several processes holds from the whole tensor.
+
+    Attributes:
+        shape: Of the whole tensor.
+        begin: The first row that lies here; rows lie in the order of the processes.
+        source: The parameter that these rows are of, as an optimizer holds it.
+    """
+
+    shape: tuple[int, ...]
+    begin: int
+    source: Tensor
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -32,12 +45,24 @@ class Target:
             [out, in] and convolutions [out, in / groups, ...], 0 for transformers' Conv1D and for
             transposed convolutions [in, out, ...], 1 or 2 for fused experts.
         is_stacked: Whether axis 0 counts matrices (fused experts) and is no part of one.
+        part: Where `param` is some rows of a tensor that is cut over processes; None where whole.
     """
 
     name: str
     param: Tensor
     input_dim: int
     is_stacked: bool = False
+    part: Part | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the whole tensor."""
+        return tuple(self.param.shape) if self.part is None else self.part.shape
+
+    @property
+    def size(self) -> int:
+        """Number of weights of the whole tensor."""
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,10 +72,12 @@ class Targets(Sequence[Target]):
     Attributes:
         items: The targets.
         exclude: Globs that leave the same targets when given back: `auto` resolved to names.
+        across: The processes that hold the other rows; None where the tensors are whole.
     """
 
     items: tuple[Target, ...]
     exclude: tuple[str, ...] = ()
+    across: Across | None = None
 
     def __len__(self) -> int:
         return len(self.items)
@@ -78,7 +105,12 @@ class Targets(Sequence[Target]):
     @property
     def total(self) -> int:
         """Number of prunable weights: the denominator of every sparsity."""
-        return sum(target.param.numel() for target in self.items)
+        return sum(target.size for target in self.items)
+
+    @property
+    def trained(self) -> list[Tensor]:
+        """The parameters as an optimizer holds them."""
+        return [one.param if one.part is None else one.part.source for one in self.items]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -88,10 +120,6 @@ class _Candidate:
     param: Tensor
     names: tuple[str, ...]
     owners: tuple[nn.Module | None, ...]
-
-    def spellings(self, name: str) -> tuple[str, str]:
-        """What a glob may name: the module and the parameter."""
-        return module_of(name), name
 
 
 def select_targets(
@@ -117,7 +145,7 @@ def select_targets(
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     every_name += [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = _dense_by_structure(model, candidates)
-    return _select(candidates, every_name, found, include, exclude)
+    return _targets(*choose(candidates, every_name, found, include, exclude))
 
 
 def select_tensors(
@@ -142,13 +170,8 @@ def select_tensors(
         if _is_prunable(tensor)
     ]
     every_name = [*tensors, *(module_of(name) for name in tensors)]
-    found = [candidate for candidate in candidates if _is_dense_by_name(candidate.names[0])]
-    return _select(candidates, every_name, found, include, exclude)
-
-
-def module_of(name: str) -> str:
-    """Dotted name of the module that owns a parameter; empty for the model itself."""
-    return name.rpartition(".")[0]
+    found = [candidate for candidate in candidates if is_dense_by_name(candidate.names[0])]
+    return _targets(*choose(candidates, every_name, found, include, exclude))
 
 
 def _is_prunable(tensor: Tensor) -> bool:
@@ -167,132 +190,6 @@ def _candidates(model: nn.Module) -> list[_Candidate]:
         _Candidate(param, tuple(names[key]), tuple(modules[module_of(name)] for name in names[key]))
         for key, param in params.items()
     ]
-
-
-# What is chosen
-
-
-def _select(
-    candidates: Sequence[_Candidate],
-    every_name: Sequence[str],
-    found: Sequence[_Candidate],
-    include: Sequence[str],
-    exclude: Sequence[str] | None,
-) -> Targets:
-    if not candidates:
-        raise RecipeError(
-            "E216",
-            "no weights are left to prune",
-            "targets.include",
-            "the model has no floating-point tensor of two or more dimensions",
-            "a model with linear or convolutional layers",
-        )
-    given = [AUTO] if exclude is None else list(exclude)
-    _refuse_idle_globs(candidates, every_name, include, given)
-    automatic = _automatic_globs(candidates, found, include) if AUTO in given else []
-    globs = tuple(dict.fromkeys([*(glob for glob in given if glob != AUTO), *automatic]))
-    chosen = [candidate for candidate in candidates if _is_chosen(candidate, include, globs)]
-    if not chosen:
-        raise RecipeError(
-            "E216",
-            "no weights are left to prune",
-            "targets.exclude",
-            f"all {len(candidates)} tensors that may be pruned are excluded or not included",
-            "exclude fewer, or name a layer in targets.include to override the automatic list",
-        )
-    return Targets(tuple(_target(candidate) for candidate in chosen), globs)
-
-
-def _automatic_globs(
-    candidates: Sequence[_Candidate], found: Sequence[_Candidate], include: Sequence[str]
-) -> list[str]:
-    """Globs for what was found and is not asked for by a literal name; modules where that will do.
-
-    A tied tensor is excluded by every one of its names.
-    """
-    excluded = [candidate for candidate in found if not _is_asked_for(candidate, include)]
-    ids = {id(candidate) for candidate in excluded}
-    # a module's name must not take along what stays a target; the model itself has none
-    kept_modules = {""} | {
-        module_of(name)
-        for candidate in candidates
-        if id(candidate) not in ids
-        for name in candidate.names
-    }
-    return [
-        literal(name if module_of(name) in kept_modules else module_of(name))
-        for candidate in excluded
-        for name in candidate.names
-    ]
-
-
-def _is_asked_for(candidate: _Candidate, include: Sequence[str]) -> bool:
-    return any(
-        glob in candidate.spellings(name)
-        for glob in include
-        for name in candidate.names
-        if is_literal(glob)
-    )
-
-
-def _is_chosen(candidate: _Candidate, include: Sequence[str], exclude: Sequence[str]) -> bool:
-    reached = [
-        name
-        for name in candidate.names
-        if any(matches(glob, candidate.spellings(name)) for glob in include)
-        and not any(matches(glob, candidate.spellings(name)) for glob in exclude)
-    ]
-    if not reached:
-        return False
-    if len(reached) < len(candidate.names) and not _is_asked_for(candidate, include):
-        other = next(name for name in candidate.names if name not in reached)
-        raise RecipeError(
-            "E217",
-            "a tied tensor is a target by one of its names only",
-            "targets",
-            f'"{reached[0]}" is the same tensor as "{other}", which is not a target',
-            f'exclude "{module_of(reached[0])}" too, or include it by its full name',
-        )
-    return True
-
-
-def _refuse_idle_globs(
-    candidates: Sequence[_Candidate],
-    every_name: Sequence[str],
-    include: Sequence[str],
-    exclude: Sequence[str],
-) -> None:
-    """Every glob that matches nothing, in one error."""
-    spellings = [candidate.spellings(name) for candidate in candidates for name in candidate.names]
-    modules = list(dict.fromkeys(module for module, _ in spellings))
-    names = list(dict.fromkeys([*modules, *(name for _, name in spellings)]))
-    faults = [
-        _idle("E214", "include", glob, len(modules), nearest(glob, names))
-        for glob in include
-        if not matches(glob, names)
-    ]
-    every_name = list(dict.fromkeys(every_name))
-    faults += [
-        _idle("E215", "exclude", glob, len(every_name), nearest(glob, every_name))
-        for glob in exclude
-        if glob != AUTO and not matches(glob, every_name)
-    ]
-    if faults:
-        first = faults[0]
-        raise RecipeError(
-            first.code, first.what, first.where, first.why, first.right, others=faults[1:]
-        )
-
-
-def _idle(code: str, key: str, glob: str, total: int, close: Sequence[str]) -> RecipeError:
-    shown = ", ".join(f'"{name}"' for name in close)
-    return RecipeError(
-        code,
-        "no module matches",
-        f"targets.{key}",
-        f'"{glob}" names 0 of {total}',
-        f"nearest: {shown}" if shown else "globs over module names, as ham inspect lists them",
-    )
 
 
 # What stays dense
@@ -332,7 +229,7 @@ def _is_dense_layer(name: str, owner: nn.Module | None) -> bool:
     words = name.split(".")
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag) or _is_patch_embedding(name, owner):
         return True
-    if "pooler" in words or any(word in _ROUTERS for word in words):
+    if "pooler" in words or any(word in ROUTERS for word in words):
         return True
     return not (_is_layer(owner) or _reads_as_weight(name))
 
@@ -356,18 +253,11 @@ def _reads_as_weight(name: str) -> bool:
     return "weight" in leaf or leaf.endswith("proj") or "expert" in name
 
 
-_DENSE_WORDS = ("wte", "wpe", "lm_head", "pooler", "cls", "score")
-_DENSE_PARTS = ("embed", "position", "token", "bias", "classifier")
+# What is known of a target
 
 
-def _is_dense_by_name(name: str) -> bool:
-    words = name.split(".")
-    if any(part in word for word in words for part in _DENSE_PARTS):
-        return True
-    return any(word in (*_ROUTERS, *_DENSE_WORDS) for word in words)
-
-
-# Which axis is the input
+def _targets(chosen: Sequence[_Candidate], globs: tuple[str, ...]) -> Targets:
+    return Targets(tuple(_target(candidate) for candidate in chosen), globs)
 
 
 def _target(candidate: _Candidate) -> Target:

@@ -9,15 +9,20 @@ import torch
 from hamcli import native
 from hamcli.benchmarking import step as benchmark
 from hamcli.benchmarking.step import bench_step
-from hamcli.optim import fused
+from hamcli.optim import fused, jit
 
 SHAPES = [(33, 17), (17,), (4, 3, 3, 3)]
 PLAIN = ["torch fused", "blocks", "foreach", "published"]
 NATIVE = ["native", "native, masked", "native, large"]
+NUMBA = ["numba", "numba, masked", "numba, large"]
 
 
 def without_the_extension(monkeypatch):
     monkeypatch.setattr(native, "_settled", native.Status(False, "off for a test"))
+
+
+def without_numba(monkeypatch):
+    monkeypatch.setattr(jit, "_settled", native.Status(False, "also off"))
 
 
 @pytest.mark.parametrize("base", ["adamw", "adam", "sgd"])
@@ -25,7 +30,8 @@ def without_the_extension(monkeypatch):
 def test_every_form_that_runs_here_has_finite_ratios(base, dtype):
     found = bench_step(SHAPES, base=base, dtype=dtype, rounds=3)
     names = [one.name for one in found.variants]
-    assert sorted(names) == sorted(PLAIN + (NATIVE if fused.is_usable() else []))
+    here = (NATIVE if fused.is_usable() else []) + (NUMBA if jit.is_usable() else [])
+    assert sorted(names) == sorted(PLAIN + here)
     for one in found.variants:
         assert 0 < one.ratio < math.inf
         assert 0 < one.fastest_ratio < math.inf
@@ -54,12 +60,20 @@ def test_the_share_of_training_is_that_of_both_together():
     assert found.step_share == pytest.approx(ours / (ours + found.training_seconds))
 
 
-def test_without_the_extension_the_blocks_are_ours(monkeypatch):
+def test_without_the_extension_numba_is_ours(monkeypatch):
+    if not jit.is_usable():
+        pytest.skip(jit.status().reason)
     without_the_extension(monkeypatch)
+    assert bench_step(SHAPES, rounds=1, only=["numba", "blocks"]).ours.name == "numba"
+
+
+def test_without_the_extension_and_numba_the_blocks_are_ours(monkeypatch):
+    without_the_extension(monkeypatch)
+    without_numba(monkeypatch)
     found = bench_step(SHAPES, rounds=1)
     assert [one.name for one in found.variants] == PLAIN
     assert found.ours.name == "blocks"
-    assert found.native == "off for a test"
+    assert (found.native, found.numba) == ("off for a test", "also off")
 
 
 def test_only_the_forms_that_are_asked_for_run():

@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from hamcli import native
-from hamcli.optim import HAM, cpu, fused, gpu, plain
+from hamcli.optim import HAM, cpu, fused, gpu, jit, plain
 from tests.optim import test_gpu as gpu_tests
 from tests.optim.numbers import normal
 
-FORMS = {"rule": plain, "blocks": cpu, "native": fused, "triton": gpu}
+FORMS = {"rule": plain, "blocks": cpu, "native": fused, "numba": jit, "triton": gpu}
 BASES = gpu_tests.BASES
 OPTIONS = {
     "adamw": {"base": "adamw", "weight_decay": 0.1},
@@ -35,6 +35,8 @@ pytestmark = [
 def require(*names):
     if "native" in names and not fused.is_usable():
         pytest.skip(native.status().reason)
+    if "numba" in names and not jit.is_usable():
+        pytest.skip(jit.status().reason)
     if "triton" in names and importlib.util.find_spec("triton") is None:
         pytest.skip("triton is not installed")
 
@@ -69,7 +71,11 @@ def test_ulps_of_a_step_are_few_and_outliers_lie_next_to_sign_changes(form, base
     assert (exact.weights[0].abs()[outliers] < 2 * step[outliers]).all()
 
 
-PAIRS = list(itertools.permutations(FORMS, 2))
+# numba compiles a loop for each kind of step
+PAIRS = [
+    pytest.param(*pair, marks=pytest.mark.slow) if "numba" in pair else pair
+    for pair in itertools.permutations(FORMS, 2)
+]
 
 
 @pytest.mark.parametrize(("first", "second"), PAIRS)

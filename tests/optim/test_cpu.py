@@ -6,21 +6,26 @@ import pytest
 import torch
 
 from hamcli import native
-from hamcli.optim import cpu, fused, ham_step_, plain, rule
+from hamcli.optim import cpu, fused, ham_step_, jit, plain, rule
 from tests.optim.numbers import bits, normal, ulps
 
-SHAPES = [(70, 513), (33,), (1, 1), (0, 3), (5, 4, 3, 3)]
-FORMS = {"cpu": cpu, "rule": plain, "fused": fused}
-AS_FUSED = {"cpu": cpu, "fused": fused}  # whose base steps are torch's fused ones in bits
+# 63: whole vectors of eight or sixteen, half a vector of sixteen, and a rest
+SHAPES = [(70, 513), (33,), (1, 1), (0, 3), (5, 4, 3, 3), (3, 21)]
+FORMS = {"cpu": cpu, "rule": plain, "fused": fused, "numba": jit}
+# whose base steps are torch's fused ones in bits
+AS_FUSED = {name: FORMS[name] for name in ("cpu", "fused", "numba")}
+IN_ONE_PASS = ("fused", "numba")
 ADAM = {"lr": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8}
 SGD = {"lr": 0.1}
 
 
 @pytest.fixture(autouse=True)
 def _extension(request):
-    form = getattr(request.node, "callspec", None)
-    if form is not None and form.params.get("form") == "fused" and not fused.is_usable():
-        pytest.skip(native.status().reason)
+    spec = getattr(request.node, "callspec", None)
+    form = FORMS.get(spec.params.get("form")) if spec is not None else None
+    for one, status in ((fused, native.status), (jit, jit.status)):
+        if form is one and not one.is_usable():
+            pytest.skip(status().reason)
 
 
 def weights(dtype=torch.float32):
@@ -324,21 +329,21 @@ def test_norms_are_over_what_is_kept(form, has_mask, dtype):
     assert squares == pytest.approx(float(kept.square().sum()), rel=1e-5)
 
 
-# --- the extension
+# --- the forms of one pass
 
 
-def by_extension(w, e, clamp):
+def times_exp(form, w, e, clamp):
     """The weights times exp(e), by a base step with a learning rate of 0."""
-    made, form = w.clone(), fused
+    made = w.clone()
     gradient = torch.where(w < 0, e, -e)
-    form.sgd_ham_(
+    FORMS[form].sgd_ham_(
         [made], [gradient], [None], masks=[None], rounded=[None], a=[1.0], b=0.0, clamp=clamp,
         lr=0.0, momentum=0.0, nesterov=False, weight_decay=0.0, is_first_step=True,
     )  # fmt: skip
     return made
 
 
-@pytest.mark.parametrize("form", ["fused"])
+@pytest.mark.parametrize("form", IN_ONE_PASS)
 @pytest.mark.parametrize(
     ("greatest", "bound"),
     # half an ulp for the last rounding; in ulps of a product just below a power of two, those of
@@ -355,30 +360,30 @@ def test_exponential_keeps_its_error_bound(form, greatest, bound):
     w = normal(len(e), seed=0, scale=1e-2)
     exact = w.double() * torch.exp(e.double())
     is_normal = exact.abs() > torch.finfo(torch.float32).tiny
-    assert ulps(by_extension(w, e, greatest), exact)[is_normal].max() < bound
+    assert ulps(times_exp(form, w, e, greatest), exact)[is_normal].max() < bound
 
 
-@pytest.mark.parametrize("form", ["fused"])
+@pytest.mark.parametrize("form", IN_ONE_PASS)
 def test_exponents_of_one_vector_may_be_small_and_large(form):
     e = torch.tensor([1e-8, 3.0, -3.0, 0.0, 0.125, -0.1250001, 4.9, -80.0, math.nan])
     w = torch.full_like(e, -2.0)
     exact = w.double() * torch.exp(e.double().clamp(-5, 5))
-    made = by_extension(w, e, 5.0)
+    made = times_exp(form, w, e, 5.0)
     assert ulps(made, exact)[:-1].max() < 1.25
     assert made[-1].isnan()
 
 
-@pytest.mark.parametrize("form", ["fused"])
-def test_what_the_extension_does_not_take_goes_elsewhere(form):
+@pytest.mark.parametrize("form", IN_ONE_PASS)
+def test_what_one_pass_does_not_take_goes_elsewhere(form):
     mixed = [normal(9, 9, seed=i, dtype=t) for i, t in enumerate((torch.float64, torch.float32))]
     plain_ws = [w.clone() for w in mixed]
     grads = [normal(9, 9, seed=5, dtype=torch.float64), normal(9, 9, seed=6, dtype=torch.bfloat16)]
-    for which, ws in ((fused, mixed), (cpu, plain_ws)):
+    for which, ws in ((FORMS[form], mixed), (cpu, plain_ws)):
         run_adam(which, ws, 2, alpha=2.0, grads=lambda step: grads)
     assert all(torch.equal(one, other) for one, other in zip(mixed, plain_ws, strict=True))
 
 
-@pytest.mark.parametrize("form", ["fused"])
+@pytest.mark.parametrize("form", IN_ONE_PASS)
 def test_threads_change_no_bit(form):
     made, sums = [], []
     for threads in (1, 2):
@@ -386,7 +391,9 @@ def test_threads_change_no_bit(form):
         ws = [normal(300, 311, seed=0), *weights()]
         sums.append(torch.zeros(cpu.NUM_SUMS, dtype=torch.float64))
         grads = [normal(300, 311, seed=1, scale=1e-3), *gradients(1)]
-        run_adam(fused, ws, 2, alpha=100.0, beta=1e-2, sums=sums[-1], grads=lambda step, g=grads: g)
+        run_adam(
+            FORMS[form], ws, 2, alpha=100.0, beta=1e-2, sums=sums[-1], grads=lambda step, g=grads: g
+        )
         made.append(ws)
     assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
     assert torch.equal(*sums)

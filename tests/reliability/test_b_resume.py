@@ -11,10 +11,10 @@ import pytest
 
 from tests.reliability import judge, mutants, stops, tiny
 from tests.reliability.assertions import assert_clean_error, assert_stopped
+from tests.reliability.hooks import HERE
 from tests.reliability.mutants import named
 from tests.reliability.server import cold_environment
 from tests.reliability.trials import Job, in_lanes
-from tests.reliability.hooks import HERE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

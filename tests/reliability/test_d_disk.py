@@ -10,10 +10,10 @@ import pytest
 
 from tests.reliability import faults, judge, mutants, stops, tiny
 from tests.reliability.assertions import assert_clean_error, assert_stopped
+from tests.reliability.hooks import HERE
 from tests.reliability.mutants import named
 from tests.reliability.test_a_crash import LAST_CALLS, calls_of, make_old
 from tests.reliability.trials import in_lanes
-from tests.reliability.hooks import HERE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

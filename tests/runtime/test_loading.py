@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import hamcli
+from hamcli import native
 from hamcli.errors import UsageError
+from hamcli.runtime.kernels import SEMI_STRUCTURED
 from hamcli.runtime.loading import RUNTIMES
 
 
@@ -29,6 +31,7 @@ def gpt2():
 
 @pytest.fixture(params=[bert, gpt2], ids=["bert", "gpt2"])
 def folder(request, tmp_path, monkeypatch):
+    native.status()  # found where it was built, before the cache is another one
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     torch.manual_seed(0)
     model = request.param().eval()
@@ -40,8 +43,10 @@ def folder(request, tmp_path, monkeypatch):
     return tmp_path / "model"
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
+@pytest.mark.parametrize("runtime", [one for one in RUNTIMES if one != SEMI_STRUCTURED])
 def test_outputs_are_the_dense_ones_and_the_weights_survive_saving(folder, runtime, tmp_path):
+    if runtime == "native" and not native.status().is_available:
+        pytest.skip(native.status().reason)
     tokens = torch.arange(12).reshape(2, 6)
     dense = type(hamcli.load(folder, "dense")).from_pretrained(folder).eval()
     loaded = hamcli.load(folder, runtime)

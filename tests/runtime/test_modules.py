@@ -9,7 +9,7 @@ from torch import nn
 from hamcli import native
 from hamcli.errors import UsageError
 from hamcli.runtime import dense_inside, use_runtime_
-from hamcli.runtime.calibrating import fastest
+from hamcli.runtime.calibrating import Calibration, fastest
 from hamcli.runtime.kernels import make_kernel
 from hamcli.runtime.modules import SparseLinear
 from tests.optim.numbers import bits, normal
@@ -66,3 +66,78 @@ def test_too_many_columns_have_no_native_kernel_and_wrong_words_are_refused():
 def test_dense_stays_where_the_gain_is_small():
     assert fastest({"dense": 1.0, "native": 0.95}) == "dense"
     assert fastest({"dense": 1.0, "native": 0.5, "csr": 0.4}) == "csr"
+
+
+def test_no_parameter_wants_a_gradient_and_one_of_the_input_comes_from_the_dense_product():
+    model = network()
+    before = copy.deepcopy(model)
+    use_runtime_(model, "csr")
+    assert not any(param.requires_grad for param in model.parameters())
+    x, y = (normal(4, 48, seed=2).requires_grad_() for _ in range(2))
+    model(x).sum().backward()
+    before(y).sum().backward()
+    assert torch.equal(x.grad, y.grad)
+    with torch.no_grad():  # asks for none, though the input has one
+        found = model(x)
+    assert not found.requires_grad
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, before(x).detach(), rtol=1e-5, atol=1e-5)
+
+
+def test_the_choice_is_made_for_each_number_of_rows_and_threads(monkeypatch):
+    model = network()
+    asked = []
+
+    def times(self, module, rows):
+        asked.append((rows, torch.get_num_threads()))
+        is_fast = rows < 64 and torch.get_num_threads() == 1
+        return {"dense": 1.0, "csr": 0.5 if is_fast else 0.95, "native": 2.0}
+
+    monkeypatch.setattr(Calibration, "times", times)
+    assert use_runtime_(model, "auto", rows=(8,)) == ("0", "2")
+    module = model[0]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        assert module._kernel_for(8) is module._kernels["csr"]
+        assert module._kernel_for(100) is None
+        torch.set_num_threads(2)
+        assert module._kernel_for(8) is None
+    finally:
+        torch.set_num_threads(before)
+    assert {(8, 1), (128, 1), (8, 2)} <= set(asked)
+    calls = len(asked)
+    module._kernel_for(8)
+    assert len(asked) == calls
+
+
+def test_a_module_that_pays_nowhere_stays_what_it_was(monkeypatch):
+    model = network()
+    kept = model[0]
+    monkeypatch.setattr(
+        Calibration, "times", lambda *_: {"dense": 1.0, "csr": 0.95, "native": 0.92}
+    )
+    assert use_runtime_(model, "auto", rows=(1, 8, 1024)) == ()
+    assert model[0] is kept
+
+
+def test_what_is_measured_is_the_whole_call():
+    """The times of a kernel hold the module's own checks, those of dense do not."""
+    model = network()
+    use_runtime_(model, "csr")
+    seen = []
+    module = model[0]
+    kernel = module._kernels["csr"]
+    module._kernels["csr"] = lambda x, bias: (
+        seen.append(module._state_was_checked) or kernel(x, bias)
+    )
+    check = module._may_be_sparse
+
+    def noted(x):
+        module._state_was_checked = True
+        return check(x)
+
+    module._may_be_sparse = noted
+    module._state_was_checked = False
+    assert set(Calibration().times(module, 4)) == {"dense", "csr"}
+    assert all(seen)

@@ -6,9 +6,10 @@ import torch
 from hamcli.errors import RecipeError
 from hamcli.sparsity import blocks
 from hamcli.sparsity.allocate import allocate
-from hamcli.sparsity.masks import make_rules, num_dropped, prune_masks
+from hamcli.sparsity.counting import num_zeros
+from hamcli.sparsity.masks import num_dropped, prune_masks
+from hamcli.sparsity.rules import make_rules
 from hamcli.sparsity.score import first_order, layer_adaptive, make_random
-from hamcli.sparsity.select import num_zeros
 from hamcli.sparsity.targets import Target, Targets
 
 
@@ -159,10 +160,11 @@ def test_first_order_is_the_change_of_the_loss():
 
 def test_random_scores_are_the_same_at_each_asking_and_differ_by_seed_and_tensor():
     params = [torch.zeros(50), torch.zeros(50)]
-    score = make_random(params, 3)
+    targets = Targets(tuple(Target(str(id(one)), one, 0) for one in params))
+    score = make_random(targets, 3)
     assert torch.equal(score(params[0]), score(params[0]))
     assert not torch.equal(score(params[0]), score(params[1]))
-    assert not torch.equal(score(params[0]), make_random(params, 4)(params[0]))
+    assert not torch.equal(score(params[0]), make_random(targets, 4)(params[0]))
 
 
 # --- 2:4 as torch's semi-structured kernels take it

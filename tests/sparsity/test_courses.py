@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from hamcli.optim import HAM
 from hamcli.recipe.schema import SparsitySection
 from hamcli.sparsity.catalogue import make_course
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.courses import Course
 from hamcli.sparsity.exchange import annealed, exchanged
 from hamcli.sparsity.factors import Factors, balanced, unbalanced
 from hamcli.sparsity.levels import Levels, corrected
 from hamcli.sparsity.masks import num_dropped
 from hamcli.sparsity.schedule import make_alternating
-from hamcli.sparsity.select import num_zeros
 from hamcli.sparsity.targets import Target, Targets
 from hamcli.sparsity.thresholding import soft_threshold
 from hamcli.training import in_cycles, warm_up_and_decay

@@ -7,17 +7,16 @@ from hypothesis import strategies as st
 from torch import nn
 
 from hamcli.errors import RecipeError
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.masks import (
     apply_masks_,
     choose_masks,
-    make_rules,
     nonzero_masks,
     num_dropped,
-    parse_pattern,
     prune_masks,
     zeros_at_end,
 )
-from hamcli.sparsity.select import num_zeros
+from hamcli.sparsity.rules import make_rules, parse_pattern
 from hamcli.sparsity.targets import Target, Targets, select_targets
 from tests.oracles import selection
 from tests.sparsity import pico

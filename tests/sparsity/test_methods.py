@@ -4,9 +4,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.masks import apply_masks_, num_dropped, prune_masks
 from hamcli.sparsity.methods import Sparsifier, make_sparsifier
-from hamcli.sparsity.select import num_zeros
 from hamcli.sparsity.targets import Target, Targets, select_targets
 from tests.sparsity import pico
 

@@ -9,6 +9,7 @@ from torch import Tensor
 from hamcli import native
 from hamcli.native import selection as streams
 from hamcli.sparsity import select
+from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.score import Scores
 from hamcli.sparsity.select import (
     exact_mask,
@@ -18,7 +19,6 @@ from hamcli.sparsity.select import (
     global_masks,
     keep_mask,
     n_m_mask,
-    num_zeros,
 )
 from tests.oracles import selection
 

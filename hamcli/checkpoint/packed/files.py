@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,8 +38,8 @@ from hamcli.checkpoint.packed.tensors import (
     Reader,
     can_pack,
     decode_block_of,
-    encode_blocks,
-    head_of,
+    encoded,
+    head_for,
     read_head,
 )
 from hamcli.errors import InputRefused
@@ -61,8 +62,21 @@ class _Part:
     """A tensor of the packed file, its blocks in the spool or its bytes in the dense file."""
 
     info: TensorInfo
-    stored_bytes: int
-    is_packed: bool
+    head: bytes = b""
+    block_bytes: int = 0
+    padding: int = 0
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether its blocks are in the spool."""
+        return bool(self.head)
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes in the packed file."""
+        if self.is_packed:
+            return len(self.head) + self.block_bytes + self.padding
+        return self.info.end - self.info.begin
 
 
 # ---- reading ----
@@ -99,6 +113,17 @@ def dense_bytes(header: Header) -> int:
     if not is_packed_file(header):
         return header.file_bytes
     return 8 + len(_dense_text(header)) + sum(map(tensor_bytes, header.tensors))
+
+
+def dense_layout(header: Header) -> tuple[bytes, tuple[TensorInfo, ...]]:
+    """Length and header of the dense file that `header` is of, and the tensors in it."""
+    if is_packed_file(header):
+        text = _dense_text(header)
+    else:
+        with open_regular(header.path) as handle:
+            text = _text_of(handle, header)
+    head = len(text).to_bytes(8, "little") + text
+    return head, parse_header(header.path, text).tensors
 
 
 def tensor_bytes(info: TensorInfo) -> int:
@@ -215,7 +240,9 @@ def pack_file(source: Path, target: Path, advance: Advance = _no_advance) -> int
         spool.seek(0)
         for part in parts:
             if part.is_packed:
-                _copy_stream(spool, out, part.stored_bytes)
+                out.write(part.head)
+                _copy_stream(spool, out, part.block_bytes)
+                out.write(bytes(part.padding))
             else:
                 _copy(handle, part.info.begin, part.info.end, out, source)
         out.flush()
@@ -292,21 +319,33 @@ def _pack_tensors(
     handle: int, header: Header, spool: BinaryIO | None, advance: Advance
 ) -> Iterator[_Part]:
     for info in header.tensors:
-        dense = info.end - info.begin
-        part = _Part(info, dense, False)
+        part = _Part(info)
         if can_pack(info.dtype, info.total):
-            blocks = encode_blocks(info.dtype, _bits(handle, header.path, info, advance))
-            head = head_of(info.dtype, info.shape, blocks)
-            size = len(head) + sum(map(len, blocks))
-            # a reader that does not know the form must see another shape than it expects
-            padding = int(info.shape == (size,))
-            if size + padding < dense:
-                part = _Part(info, size + padding, True)
-                if spool is not None:
-                    spool.writelines([head, *blocks, bytes(padding)])
+            begin = spool.tell() if spool is not None else 0
+            packed = _pack_tensor(handle, header.path, info, spool, advance)
+            if packed.stored_bytes < info.end - info.begin:
+                part = packed
+            elif spool is not None:
+                spool.seek(begin)
+                spool.truncate()
         else:
-            advance(dense)
+            advance(info.end - info.begin)
         yield part
+
+
+def _pack_tensor(
+    handle: int, path: Path, info: TensorInfo, spool: BinaryIO | None, advance: Advance
+) -> _Part:
+    """Its blocks, written into the spool as they are made: memory is that of a block."""
+    table = []
+    for block in encoded(info.dtype, _bits(handle, path, info, advance)):
+        table.append((len(block), zlib.crc32(block)))
+        if spool is not None:
+            spool.write(block)
+    head = head_for(info.dtype, info.shape, table)
+    size = sum(length for length, _ in table)
+    # a reader that does not know the form must see another shape than it expects
+    return _Part(info, head, size, int(info.shape == (len(head) + size,)))
 
 
 def _bits(handle: int, path: Path, info: TensorInfo, advance: Advance) -> Iterator[Bits]:

@@ -69,17 +69,23 @@ def unmark_config(path: Path) -> bytes:
     )
 
 
-def pack_in_place(folder: Path, weights: Iterable[Path]) -> None:
+def pack_in_place(folder: Path, weights: Iterable[Path], *, marked: bool = True) -> None:
     """Make a finished dense folder, which nobody reads yet, a packed one.
+
+    Args:
+        folder: The folder.
+        weights: Its weight files.
+        marked: Whether it has a config.json, to be marked.
 
     Raises:
         InputRefused: The model is quantised.
         OSError: The disk.
     """
     config = folder / CONFIG
-    marked = mark_config(config)
+    text = mark_config(config) if marked else None
     for path in weights:
         packed = path.with_name(path.name + ".packing")
         pack_file(path, packed)
         os.replace(packed, path)
-    config.write_bytes(marked)
+    if text is not None:
+        config.write_bytes(text)

@@ -96,16 +96,26 @@ def encode_blocks(dtype: str, blocks: Iterator[Bits], split: Split | None = None
         blocks: Its elements as unsigned integers, `BLOCK_ELEMENTS` at a time, the last ones fewer.
         split: What cuts a block; the faster way there is.
     """
+    return list(encoded(dtype, blocks, split))
+
+
+def encoded(dtype: str, blocks: Iterator[Bits], split: Split | None = None) -> Iterator[bytes]:
+    """The same, one block at a time."""
     rotated = CODES[dtype][1]
     cut = split or coder()[0]
-    return [encode_block(bits, rotated, cut) for bits in blocks]
+    return (encode_block(bits, rotated, cut) for bits in blocks)
 
 
 def head_of(dtype: str, shape: tuple[int, ...], blocks: list[bytes]) -> bytes:
     """Header and table in front of `blocks`."""
+    return head_for(dtype, shape, [(len(block), zlib.crc32(block)) for block in blocks])
+
+
+def head_for(dtype: str, shape: tuple[int, ...], table: list[tuple[int, int]]) -> bytes:
+    """Header and table in front of blocks of which length and CRC-32 are given."""
     head = [_HEAD.pack(MAGIC, VERSION, CODES[dtype][0], len(shape), 0, BLOCK_ELEMENTS)]
     head += [_SIZE.pack(size) for size in shape]
-    head += [_ENTRY.pack(len(block), zlib.crc32(block)) for block in blocks]
+    head += [_ENTRY.pack(*entry) for entry in table]
     raw = b"".join(head)
     return raw + _CHECKSUM.pack(zlib.crc32(raw))
 

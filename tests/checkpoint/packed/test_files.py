@@ -25,7 +25,7 @@ from hamcli.checkpoint.packed.tensors import (
 )
 from hamcli.checkpoint.recount import count_zeros
 from hamcli.errors import InputRefused
-from tests.checkpoint.pico import refusal, write_header
+from tests.checkpoint.pico import entry, refusal, write_header
 
 SHARES = [0.0, 0.5, 0.9, 1.0]
 
@@ -187,3 +187,20 @@ def test_every_damaged_byte_of_a_tensor_is_refused():
         damaged[position] ^= 0x10
         with pytest.raises(InputRefused):
             decode_payload(memoryview(damaged), "w")
+
+
+def test_packing_keeps_a_block_in_memory_and_no_tensor(tmp_path, monkeypatch):
+    import tracemalloc
+
+    values = np.random.default_rng(0).standard_normal(20 * BLOCK_ELEMENTS, np.float32)
+    raw = (values.view(np.uint32) >> 16).astype(np.uint16).tobytes()
+    path = write_header(
+        tmp_path / "m.safetensors", {"w": entry("BF16", [20 * BLOCK_ELEMENTS], 0, len(raw))}, raw
+    )
+    pack_file(path, tmp_path / "first.safetensors")  # scratch memory is made once
+    tracemalloc.start()
+    size = pack_file(path, tmp_path / "packed.safetensors")
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert 20 * 2**20 < size < len(raw)
+    assert most < size, most

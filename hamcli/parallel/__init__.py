@@ -1,0 +1,1 @@
+"""Several processes that make one model: how they are launched, meet, and end together."""

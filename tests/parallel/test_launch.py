@@ -1,0 +1,169 @@
+"""What a launcher says, and what does not go together with it."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from hamcli.errors import RecipeError, UsageError
+from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
+from hamcli.sparsifying import part_of, refuse_uneven_batch
+from tests.parallel.pico import ALBERT, environment
+
+TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+
+
+def test_without_a_launcher_there_is_one_process():
+    assert launched({}) == Launch(0, 1, 0, 1)
+    assert settled_parallel("auto", {}) == "none"
+
+
+def test_a_launcher_tells_who_this_is():
+    assert launched(TWO) == Launch(1, 2, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("word", "more", "kind"),
+    [
+        ("auto", {}, "ddp"),
+        ("auto", {"ACCELERATE_USE_FSDP": "true"}, "fsdp"),
+        ("ddp", {"ACCELERATE_USE_FSDP": "true"}, "ddp"),
+        ("fsdp", {}, "fsdp"),
+    ],
+)
+def test_the_recipe_or_the_launcher_says_how(word, more, kind):
+    assert settled_parallel(word, TWO | more) == kind
+
+
+@pytest.mark.parametrize(
+    ("word", "said", "code"),
+    [
+        ("ddp", {}, "E241"),
+        ("fsdp", {"WORLD_SIZE": "1", "RANK": "0"}, "E241"),
+        ("auto", {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "E241"),
+        ("none", TWO, "E242"),
+        ("auto", TWO | {"ACCELERATE_USE_DEEPSPEED": "true"}, "E248"),
+    ],
+)
+def test_a_launch_that_is_not_what_was_asked_for_is_refused(word, said, code):
+    with pytest.raises(RecipeError, match=code):
+        settled_parallel(word, said)
+
+
+def test_other_commands_run_in_one_process(monkeypatch):
+    refuse_several("prune")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match=r"E249.*ham prune.*WORLD_SIZE is 2"):
+        refuse_several("prune")
+
+
+def test_a_batch_is_cut_by_rows_and_must_divide():
+    import torch
+
+    whole = {"input_ids": torch.arange(12).view(6, 2), "labels": torch.arange(6)}
+    assert [part_of(whole, rank, 3)["labels"].tolist() for rank in range(3)] == [
+        [0, 1], [2, 3], [4, 5],
+    ]  # fmt: skip
+    refuse_uneven_batch(6, 3)
+    with pytest.raises(RecipeError, match=r"E244.*32 examples to 5 processes.*as 35"):
+        refuse_uneven_batch(32, 5)
+
+
+def ham(tmp_path, *words, **more):
+    return subprocess.run(
+        [sys.executable, "-m", "hamcli", *words], cwd=tmp_path, env=environment(**more),
+        capture_output=True, text=True, timeout=100, check=False,
+    )  # fmt: skip
+
+
+def test_ddp_without_a_launcher_is_one_clear_line(tmp_path):
+    done = ham(tmp_path, "sparsify", str(ALBERT), "--target", "0.5", "--parallel", "ddp")
+    assert done.returncode == 2
+    assert "error[HAM-E241]: there is one process only: training.parallel" in done.stderr
+    assert "torchrun" in done.stderr
+
+
+def test_a_command_of_one_process_says_so_once(tmp_path):
+    first = ham(tmp_path, "recipe", "list", WORLD_SIZE="2", RANK="0")
+    second = ham(tmp_path, "recipe", "list", WORLD_SIZE="2", RANK="1")
+    assert (first.returncode, second.returncode) == (2, 2)
+    assert "error[HAM-E249]" in first.stderr
+    assert second.stderr == second.stdout == ""
+
+
+MATE = """
+import sys, time
+from hamcli.parallel.mates import Mates
+from hamcli.errors import InputRefused
+rank, port = int(sys.argv[1]), int(sys.argv[2])
+mates = Mates(rank, 3)
+if rank == 0:
+    print(mates.listen("secret"), flush=True)
+    mates.accept(20)
+else:
+    mates.connect("127.0.0.1", port, "secret", 20)
+print("met", flush=True)
+if sys.argv[3] == "leaves":
+    mates.leave()
+elif sys.argv[3] == "fails":
+    error = InputRefused("E452", "no rows", "x.txt")
+    assert mates.end_together(error) is None
+    sys.exit(error.exit_code)
+time.sleep(60)
+"""
+
+
+def mates(*roles):
+    """Processes 0 to 2 that have met; each then waits in a call that never returns."""
+    made, port = [], 0
+    for rank, role in enumerate(roles):
+        words = [sys.executable, "-c", MATE, str(rank), str(port), role]
+        told = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        known = environment(RANK=str(rank), WORLD_SIZE="3")
+        made.append(subprocess.Popen(words, env=known, **told))
+        if rank == 0:
+            port = int(made[0].stdout.readline())
+    for one in made:
+        assert one.stdout.readline() == "met\n"
+    return made
+
+
+def ends(process):
+    """Exit code and the lines told."""
+    told = process.communicate(timeout=30)[1]
+    return process.returncode, [line for line in told.splitlines() if "error[" in line]
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_when_one_dies_all_end_and_one_speaks(victim):
+    made = mates("waits", "waits", "waits")
+    time.sleep(0.2)
+    os.kill(made[victim].pid, signal.SIGKILL)
+    found = [ends(one) for one in made]
+    assert found.pop(victim)[0] == -signal.SIGKILL
+    assert [code for code, _ in found] == [5, 5]
+    lines = [line for _, told in found for line in told]
+    assert len(lines) == 1
+    assert f"error[HAM-E545]: a process of the run died: process {victim} of 3" in lines[0]
+
+
+def test_when_one_fails_all_end_with_its_code_and_line():
+    made = mates("waits", "waits", "fails")
+    found = [ends(one) for one in made]
+    assert [code for code, _ in found] == [4, 4, 4]
+    assert found[0][1] == ["ham: error[HAM-E452]: no rows: x.txt"]
+    assert found[1][1] == []
+
+
+def test_who_leaves_is_not_dead():
+    made = mates("waits", "leaves", "leaves")
+    made[1].kill()
+    made[2].kill()
+    time.sleep(4)
+    assert made[0].poll() is None
+    made[0].kill()
+    for one in made:
+        one.communicate()

@@ -1,0 +1,121 @@
+"""Two processes make what one makes, under DDP and FSDP2; they stop, die and go on together."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from tests.parallel.pico import (
+    QUICK,
+    assert_same_masks,
+    environment,
+    integers,
+    make_data,
+    make_llama,
+    report_of,
+    settings,
+    sparsify,
+    torchrun,
+    weights_of,
+)
+
+pytestmark = pytest.mark.slow
+WORDS = ["m", "--data", "smiles.txt", "--task", "causal-lm", "--target", "0.8", "--steps", "20"]
+# One step moves a weight by about lr = 1e-2, and one rounding of a weight of 1 is 6e-8. Measured:
+# 3.2e-7 after 20 steps.
+TOLERANCE = 5e-6
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    made = tmp_path_factory.mktemp("ddp")
+    make_llama(made / "m")
+    make_data(made)
+    sparsify(1, made, *WORDS, "--out", "one")
+    return made
+
+
+@pytest.fixture(scope="module", params=["ddp", "fsdp"])
+def two(request, folder):
+    sparsify(2, folder, *WORDS, "--out", request.param, "--parallel", request.param)
+    return folder / request.param
+
+
+def test_masks_and_counts_are_those_of_one_process(folder, two):
+    assert assert_same_masks(folder / "one", two) < TOLERANCE
+    one, other = report_of(folder / "one"), report_of(two)
+    assert integers(one) == integers(other)
+    assert other["environment"]["num_processes"] == 2
+    assert other["environment"]["parallel"] == two.name
+    assert one["environment"]["num_processes"] == 1
+    assert other["training"]["curves"]["loss"] == pytest.approx(
+        one["training"]["curves"]["loss"], rel=1e-5
+    )
+
+
+def test_bits_are_those_of_one_process_that_adds_the_same_halves(folder, two):
+    # two micro-steps of four examples are summed in the same order as two processes' gradients
+    halves = {"training.batch_size": 4, "training.accumulation": 2}
+    if not (folder / "halves").exists():
+        sparsify(1, folder, *WORDS, "--out", "halves", **halves)
+    here, there = weights_of(folder / "halves"), weights_of(two)
+    assert all((here[name] == there[name]).all() for name in here)
+
+
+def test_a_batch_that_does_not_divide_is_one_line(folder):
+    done = sparsify(2, folder, *WORDS, "--out", "odd", code=2, **{"training.batch_size": 7})
+    assert done.stderr.count("ham: error[") == 1
+    assert "error[HAM-E244]" in done.stderr
+    assert not (folder / "odd").exists()
+
+
+def stopped(folder, size, out, kind, victim="0"):
+    """A run that is stopped after its tenth step."""
+    words = ["-m", "tests.parallel.worker", "10", out, "20", kind, victim]
+    whole = torchrun(size, *words) if size > 1 else [sys.executable, *words]
+    done = subprocess.run(
+        whole, cwd=folder, env=environment(), capture_output=True, text=True, timeout=200,
+        check=False,
+    )  # fmt: skip
+    assert "saved step 10" in done.stderr, done.stderr
+    assert not (folder / out).exists()
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2), (2, 2)])
+def test_a_run_goes_on_in_another_number_of_processes(folder, two, before, after):
+    out = f"{two.name}-{before}-{after}"
+    stopped(folder, before, out, two.name if before == 2 else "none", victim=str(before - 1))
+    kind = two.name if after == 2 else "none"
+    sparsify(after, folder, *WORDS, "--out", out, "--resume", "--parallel", kind)
+    assert assert_same_masks(folder / "one", folder / out) < TOLERANCE
+    report = report_of(folder / out)
+    assert integers(report) == integers(report_of(folder / "one"))
+    changed = [text for text in report["warnings"] if "num_processes" in text]
+    assert len(changed) == (before != after)
+    if before == after:
+        here, there = weights_of(folder / out), weights_of(two)
+        assert all((here[name] == there[name]).all() for name in here)
+
+
+@pytest.mark.parametrize(("kind", "victim"), [("ddp", "0"), ("ddp", "1"), ("fsdp", "1")])
+def test_when_one_process_is_killed_all_are_gone_and_the_run_goes_on(folder, kind, victim):
+    out = f"killed-{kind}-{victim}"
+    words = [*WORDS[:-1], "200", "--out", out, "--parallel", kind]
+    words += settings(QUICK | {"training.checkpoint_every": 5})
+    launch = subprocess.Popen(
+        torchrun(2, "-m", "tests.parallel.dying", out, victim, *words), cwd=folder,
+        env=environment(), stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    told = launch.communicate(timeout=120)[1]
+    assert time.time() - float((folder / f"{out}.died").read_text()) < 30
+    lines = [line for line in told.splitlines() if line.startswith("ham: error[")]
+    assert len(lines) == 1
+    assert f"E545]: a process of the run died: process {victim} of 2" in lines[0]
+    saved = [path.name for path in (folder / f"{out}.run" / "checkpoints").iterdir()]
+    assert saved
+    same = {"training.checkpoint_every": 5}
+    words = [*WORDS[:-1], "200", "--out", out, "--parallel", kind, "--resume"]
+    done = sparsify(2, folder, *words, **same)
+    assert not (folder / f"{out}.run").exists(), done.stderr
+    assert report_of(folder / out)["training"]["steps"] == 200

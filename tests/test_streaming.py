@@ -1,0 +1,451 @@
+"""`ham prune` by files alone: the same zeros as through memory, and nothing half done."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from hamcli.checkpoint.dense import write_model
+from hamcli.checkpoint.loading import load_model
+from hamcli.checkpoint.source import find_model
+from hamcli.completing import complete
+from hamcli.errors import HamError
+from hamcli.progress import Silent
+from hamcli.recipe import values_layer
+from hamcli.sparsity.masks import apply_masks_, prune_masks
+from hamcli.sparsity.targets import select_targets
+from hamcli.streaming import prune, prune_files
+from tests.checkpoint import pico
+from tests.checkpoint.pico import edit_config, entry, write_header
+from tests.oracles.safetensors_reader import count_negative_zeros, read_file, read_folder
+
+ASSETS = Path(__file__).parent / "assets"
+ALBERT, RESNET = ASSETS / "rxnmapper-albert-mlm", ASSETS / "fashion-mnist-resnet-tiny"
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def by_files(model, out, progress=None, **settings):
+    read = complete([values_layer({"model.id": str(model), **settings}, "test")], has_recipe=False)
+    return prune_files(read, out=out, overwrite=False, progress=progress or Silent())
+
+
+def through_memory(model, out, target, **how):
+    """The same by a network, as a folder that holds its weights."""
+    source = find_model(str(model), hashed=False)
+    loaded = load_model(source, "auto", dtype="float32")
+    targets = select_targets(loaded.model, ["*"], None)
+    apply_masks_(targets, prune_masks(targets, target, **how))
+    write_model(loaded.model, source, out)
+    return read_folder(out)
+
+
+def same(found, wanted):
+    assert found.keys() == wanted.keys()
+    for name, values in wanted.items():
+        assert found[name].dtype == values.dtype
+        assert found[name].tobytes() == values.tobytes(), name
+
+
+@pytest.mark.parametrize("model", [ALBERT, RESNET], ids=["albert", "resnet"])
+@pytest.mark.parametrize("allocation", ["global", "uniform", "erk"])
+def test_real_models_get_the_same_bytes_as_through_memory(model, allocation, tmp_path):
+    report = by_files(
+        model, tmp_path / "out", **{"sparsity.target": 0.83, "sparsity.allocation": allocation}
+    )
+    wanted = through_memory(model, tmp_path / "memory", 0.83, allocation=allocation)
+    same(read_folder(tmp_path / "out"), wanted)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("out", "memory"))
+    assert one.read_bytes() == other.read_bytes()
+    assert report.sparsity.zeros == round(0.83 * report.sparsity.total)
+    assert report.sparsity.threshold is not None
+
+
+def gpt2():
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
+        eos_token_id=2,
+    )  # fmt: skip
+    return pico.seeded(transformers.GPT2LMHeadModel, config)
+
+
+@pytest.mark.parametrize(
+    ("make", "settings", "how"),
+    [
+        (gpt2, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),
+        (gpt2, {"sparsity.target": 0.5}, {}),
+        (pico.mixtral, {"sparsity.target": 0.5}, {}),
+        (pico.mixtral, {"sparsity.target": 0.5, "sparsity.allocation": "erk"}, {"allocation": "erk"}),  # noqa: E501
+        (pico.mixtral, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),
+        (pico.vit, {"sparsity.target": 0.5, "sparsity.min_sparsity": 0.4, "sparsity.allocation": "uniform"}, {"allocation": "uniform", "min_sparsity": 0.4}),  # noqa: E501
+        (lambda: pico.llama(tie_word_embeddings=True), {"sparsity.target": 0.5}, {}),
+    ],
+    ids=["gpt2-2:4", "gpt2", "mixtral", "mixtral-erk", "mixtral-2:4", "vit", "llama-tied"],
+)  # fmt: skip
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_models_get_the_same_weights_as_through_memory(make, settings, how, dtype, tmp_path):
+    pico.save(make().to(dtype), tmp_path / "model")
+    by_files(tmp_path / "model", tmp_path / "out", **settings)
+    wanted = through_memory(tmp_path / "model", tmp_path / "memory", 0.5, **how)
+    same(read_folder(tmp_path / "out"), wanted)
+
+
+def test_convolutions_are_grouped_along_their_inputs(tmp_path):
+    settings = {"sparsity.pattern": "2:4", "targets.exclude": ["*embedder*", "classifier*"]}
+    by_files(RESNET, tmp_path / "out", **settings, **{"sparsity.target": 0.5})
+    found = read_folder(tmp_path / "out")
+    before = read_folder(RESNET)
+    weight = found["resnet.encoder.stages.0.layers.0.layer.0.convolution.weight"]
+    groups = np.count_nonzero(weight.reshape(16, 4, 4, 3, 3), axis=2)
+    assert (groups == 2).all()
+    name = "resnet.embedder.embedder.convolution.weight"
+    assert np.array_equal(found[name], before[name])
+
+
+def test_an_architecture_that_is_not_written_down_is_told_by_its_skeleton(tmp_path):
+    import transformers
+
+    config = transformers.ElectraConfig(**pico.SMALL, embedding_size=16)
+    pico.save(pico.seeded(transformers.ElectraForMaskedLM, config), tmp_path / "model")
+    by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
+    wanted = through_memory(tmp_path / "model", tmp_path / "memory", 0.5)
+    same(read_folder(tmp_path / "out"), wanted)
+
+
+def stored(values, dtype):
+    if dtype == "BF16":
+        return (np.asarray(values, np.float32).view(np.uint32) >> 16).astype("<u2").tobytes()
+    return np.asarray(values).astype({"F16": "<f2", "F32": "<f4", "F64": "<f8"}[dtype]).tobytes()
+
+
+def bare(path, tensors):
+    header, data = {}, b""
+    for name, (dtype, shape, values) in tensors.items():
+        raw = stored(values, dtype)
+        header[name] = entry(dtype, list(shape), len(data), len(data) + len(raw))
+        data += raw
+    return write_header(path, header, data)
+
+
+def odd_tensors(dtype, other):
+    generator = np.random.default_rng(0)
+    values = generator.standard_normal((37, 13))
+    values[::3] = 0.5
+    values[1::3, ::2] = -0.5
+    values[2, :4] = -0.0
+    return {
+        "a": (dtype, (37, 13), values),
+        "b": (other, (5, 3, 7), np.full((5, 3, 7), 0.5)),
+        "zeros": (dtype, (4, 4), np.zeros((4, 4))),
+        "empty": (dtype, (0, 8), np.zeros((0, 8))),
+        "scalar": ("F32", (), np.float64(3.0)),
+        "norm": (dtype, (9,), np.full(9, 1e-3)),
+        "embed.weight": (dtype, (6, 2), np.full((6, 2), 1e-3)),
+    }
+
+
+@pytest.mark.parametrize("target", [0.0, 0.02, 0.31, 0.5, 0.77, 1.0])
+@pytest.mark.parametrize(
+    ("dtype", "other"),
+    [("F16", "F16"), ("BF16", "BF16"), ("F32", "F32"), ("F64", "F64"), ("BF16", "F16"), ("F32", "F64")],  # noqa: E501
+)  # fmt: skip
+def test_a_bare_file_is_cut_exactly_with_ties_by_position(dtype, other, target, tmp_path):
+    path = bare(tmp_path / "m.safetensors", odd_tensors(dtype, other))
+    report = by_files(path, tmp_path / "out", **{"sparsity.target": target})
+    before, after = read_file(path), read_file(tmp_path / "out" / "m.safetensors")
+    names = ["a", "b", "zeros"]
+    flat = np.concatenate([np.abs(before[name].astype(np.float64)).ravel() for name in names])
+    count = max(round(target * flat.size), int(np.count_nonzero(flat == 0)))
+    keeps = np.ones(flat.size, bool)
+    keeps[np.argsort(flat, kind="stable")[:count]] = False
+    found = np.concatenate([after[name].astype(np.float64).ravel() for name in names])
+    kept = np.concatenate([before[name].astype(np.float64).ravel() for name in names])
+    assert np.array_equal(found, np.where(keeps, kept, 0.0))
+    assert report.sparsity.zeros == count
+    assert sum(count_negative_zeros(after[name]) for name in names) == 0
+    for name in ("empty", "scalar", "norm", "embed.weight"):
+        assert after[name].tobytes() == before[name].tobytes()
+    assert [one.name for one in report.tensors] == names
+
+
+def test_shards_keep_their_names_and_their_index(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model", max_shard_size="20KB")
+    names = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
+    assert len(names) > 3
+    by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
+    out = tmp_path / "out"
+    assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    index = "model.safetensors.index.json"
+    assert (out / index).read_bytes() == (tmp_path / "model" / index).read_bytes()
+    wanted = through_memory(tmp_path / "model", tmp_path / "memory", 0.5)
+    same(read_folder(out), wanted)
+
+
+def test_the_hubs_cache_is_read_and_left_alone(tmp_path):
+    pico.save(pico.llama(), tmp_path / "plain")
+    cache = tmp_path / "models--a--b"
+    snapshot, blobs = cache / "snapshots" / "c0ffee", cache / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, path in enumerate(sorted((tmp_path / "plain").iterdir())):
+        path.rename(blobs / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    by_files(snapshot, tmp_path / "out", **{"sparsity.target": 0.5})
+    out = tmp_path / "out"
+    assert (out / "model.safetensors").is_file()
+    assert not any(path.is_symlink() for path in out.iterdir())
+    assert all(path.is_symlink() for path in snapshot.iterdir())
+
+
+def test_packed_goes_in_and_out(tmp_path):
+    settings = {"sparsity.target": 0.5}
+    by_files(RESNET, tmp_path / "dense", **settings)
+    report = by_files(RESNET, tmp_path / "packed", **settings, **{"export.format": "packed"})
+    assert report.size.packed_bytes == (tmp_path / "packed" / "model.safetensors").stat().st_size
+    # pruned further from the packed form, as from the dense one
+    more = {"sparsity.target": 0.9}
+    by_files(tmp_path / "dense", tmp_path / "one", **more)
+    by_files(tmp_path / "packed", tmp_path / "other", **more)
+    for name in ("model.safetensors", "config.json"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes()
+
+
+def test_a_file_with_a_config_from_elsewhere_becomes_a_model(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").rename(tmp_path / "weights.safetensors")
+    (tmp_path / "model" / "config.json").rename(tmp_path / "model" / "mine.json")
+    config = {"model.config": str(tmp_path / "model" / "mine.json"), "sparsity.target": 0.5}
+    by_files(tmp_path / "weights.safetensors", tmp_path / "out", **config)
+    model = load_model(find_model(str(tmp_path / "out"), hashed=False), "auto").model
+    zeros = sum(int((param == 0).sum()) for param in select_targets(model, ["*"], None).params)
+    assert zeros == round(0.5 * select_targets(model, ["*"], None).total)
+
+
+def test_what_names_code_or_places_is_left_out(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    edit_config(tmp_path / "model", auto_map={"AutoModel": "evil.Model"}, _name_or_path="/secret")
+    (tmp_path / "model" / "evil.py").write_text("1")
+    by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert not {"auto_map", "_name_or_path"} & config.keys()
+    assert config["model_type"] == "llama"
+    assert not (tmp_path / "out" / "evil.py").exists()
+
+
+def test_a_target_that_is_not_finite_is_refused_by_name(tmp_path):
+    for pattern, target in (("unstructured", 0.9), ("2:4", 0.5)):
+        tensors = {"a": ("F32", (4, 4), np.ones((4, 4))), "b": ("F32", (4, 4), np.ones((4, 4)))}
+        tensors["b"][2][1, 2] = np.nan
+        path = bare(tmp_path / "m.safetensors", tensors)
+        settings = {"sparsity.target": target, "sparsity.pattern": pattern}
+        with pytest.raises(HamError, match=r"E430.*m\.safetensors: b") as caught:
+            by_files(path, tmp_path / "out", **settings)
+        assert caught.value.exit_code == 4
+        assert sorted(tmp_path.iterdir()) == [path]
+
+
+def test_one_shard_of_several_and_unknown_architectures_are_refused(tmp_path):
+    save_file({"w": torch.ones(4, 4)}, tmp_path / "model-00001-of-00002.safetensors")
+    with pytest.raises(HamError, match="E405"):
+        by_files(tmp_path / "model-00001-of-00002.safetensors", tmp_path / "out")
+    pico.save(pico.llama(), tmp_path / "model")
+    edit_config(tmp_path / "model", model_type="another")
+    with pytest.raises(HamError, match="E422"):
+        by_files(tmp_path / "model", tmp_path / "out")
+    edit_config(tmp_path / "model", model_type="llama", architectures=["LlamaForQuestions"])
+    with pytest.raises(HamError, match="E423"):
+        by_files(tmp_path / "model", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_with_more_than_the_network_go_through_memory_which_is_said(tmp_path, monkeypatch):
+    pico.save(pico.bert("BertForPreTraining"), tmp_path / "model")
+    told, gone = [], []
+
+    class Watcher(Silent):
+        def warn(self, text):
+            told.append(text)
+
+    from hamcli import pruning
+
+    monkeypatch.setattr(pruning, "prune", lambda read, **_: gone.append(read))
+    words = {"model.id": str(tmp_path / "model"), "sparsity.target": 0.5}
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    prune(read, out=tmp_path / "out", overwrite=False, progress=Watcher())
+    assert len(gone) == 1
+    assert "pruned in memory" in told[0]
+    assert "is no parameter of BertForMaskedLM" in told[0]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data.source": "x.txt"}, {"gate.max_drop": 0.1}, {"sparsity.method": "wanda"},
+        {"sparsity.score": "random"}, {"sparsity.allocation": "lamp"},
+        {"sparsity.pattern": "block:4x4"}, {"sparsity.max_sparsity": 0.95},
+        {"export.dtype": "float16"},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_files_cannot_tell_goes_through_memory(settings, tmp_path, monkeypatch):
+    from hamcli import pruning
+
+    gone = []
+    monkeypatch.setattr(pruning, "prune", lambda read, **_: gone.append(read))
+    words = {"model.id": str(RESNET), "sparsity.target": 0.9, **settings}
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    prune(read, out=tmp_path / "out", overwrite=False, progress=Silent())
+    assert len(gone) == 1
+
+
+# ---- processes ----
+
+
+def command(*words):
+    return [sys.executable, "-m", "hamcli", *map(str, words)]
+
+
+def test_neither_pruning_nor_inspecting_loads_torch(tmp_path):
+    words = [
+        ["prune", str(RESNET), "--target", "0.9", "--out", "out"],
+        ["prune", str(ALBERT), "--pattern", "2:4", "--out", "packed", "--format", "packed"],
+        ["inspect", str(RESNET)],
+        ["inspect", str(ALBERT), "--values", "--json"],
+    ]
+    code = (
+        "import sys\nfrom hamcli.cli import main\n"
+        f"for words in {words!r}:\n"
+        "    try:\n        main(words)\n"
+        "    except SystemExit as stop:\n        assert not stop.code, words\n"
+        "assert not {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=tmp_path, capture_output=True
+    )
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A bare file that takes a second or so."""
+    folder = tmp_path_factory.mktemp("large")
+    values = torch.randn(2048, 8192, generator=torch.Generator().manual_seed(0))
+    save_file({f"w{i}": values + i for i in range(3)}, folder / "m.safetensors")
+    return folder / "m.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGKILL, -9)],
+    ids=["INT", "TERM", "KILL"],
+)
+def test_whatever_stops_it_leaves_nothing_half(large, number, code, tmp_path):
+    out = tmp_path / "out"
+    words = command("prune", large, "--target", "0.9", "--out", out, "-q")
+    process = subprocess.Popen(words, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+    while process.poll() is None:
+        stages = list(tmp_path.glob("out.run/.stage-*/m.safetensors"))
+        if stages and stages[0].exists():
+            process.send_signal(number)
+            break
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == code, told
+    assert not out.exists()
+    if number != signal.SIGKILL:
+        assert "nothing is kept" in told
+        assert list(tmp_path.iterdir()) == []
+    else:
+        by_files(RESNET, out)  # another model to the same place sweeps what is left
+        assert (out / "report.json").exists()
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("is_folder", [True, False], ids=["folder", "file"])
+def test_ctrl_c_in_an_export_leaves_nothing(large, is_folder, tmp_path):
+    source, out = large.parent if is_folder else large, tmp_path / "out.safetensors"
+    if is_folder:
+        source = tmp_path / "model"
+        source.mkdir()
+        os.link(large, source / "model.safetensors")
+        before = [source]
+    else:
+        before = []
+    words = command("export", source, "--format", "packed", "--out", out, "-q")
+    process = subprocess.Popen(
+        words, env={**ENVIRONMENT, "HAM_NATIVE": "0"}, stderr=subprocess.PIPE, text=True
+    )
+    while process.poll() is None:
+        if len(list(tmp_path.iterdir())) > len(before):
+            process.send_signal(signal.SIGINT)
+            break
+    _, told = process.communicate(timeout=120)
+    assert process.returncode == 130, told
+    assert list(tmp_path.iterdir()) == before
+
+
+def test_a_full_disk_leaves_nothing(large, tmp_path):
+    limit = 64 * 2**20
+    done = subprocess.run(
+        command("prune", large, "--target", "0.9", "--out", tmp_path / "out", "-q"),
+        env=ENVIRONMENT, capture_output=True, text=True,
+        preexec_fn=lambda: (
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN),
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        ),
+    )  # fmt: skip
+    assert done.returncode == 5
+    assert "HAM-E501" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
+    from hamcli.runstate import disk
+
+    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
+    with pytest.raises(HamError, match="E504"):
+        by_files(RESNET, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_progress_counts_every_byte(tmp_path):
+    class Watcher(Silent):
+        total = done = 0
+
+        def begin_bytes(self, text, total):
+            self.total = total
+
+        def bytes_done(self, count):
+            self.done += count
+
+    for number, settings in enumerate(
+        [{"sparsity.target": 0.5}, {"sparsity.target": 0.5, "sparsity.allocation": "uniform"}]
+    ):
+        watcher = Watcher()
+        by_files(RESNET, tmp_path / str(number), watcher, **settings)
+        assert watcher.total > RESNET.joinpath("model.safetensors").stat().st_size
+        assert watcher.done == watcher.total
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    values = torch.randn(4096, 8192, generator=torch.Generator().manual_seed(0))
+    save_file({f"w{i}": (values + i).bfloat16() for i in range(6)}, tmp_path / "m.safetensors")
+    code = (
+        "import resource, sys\nfrom hamcli.cli import main\n"
+        f"try:\n    main({['prune', str(tmp_path / 'm.safetensors'), '--out', 'out', '-q']!r})\n"
+        "except SystemExit as stop:\n    assert not stop.code\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+    launched = subprocess.run(
+        ["/bin/sh", "-c", 'exec "$0" -c "$1"', sys.executable, code],
+        capture_output=True, text=True, check=True, env=ENVIRONMENT, cwd=tmp_path,
+    )  # fmt: skip
+    assert int(launched.stdout.split()[-1]) < 200 * 1024
