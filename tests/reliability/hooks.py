@@ -64,7 +64,7 @@ def _with_identity(**changes: Any) -> None:
 
     module: Any = pipeline
     original = module.run_identity
-    module.run_identity = lambda opened: dataclasses.replace(original(opened), **changes)
+    module.run_identity = lambda *given: dataclasses.replace(original(*given), **changes)
 
 
 def other_version() -> None:
