@@ -19,8 +19,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NOBODY = 65534
 # A log, a lock that is let go, folders that are there or go again: these may fail unheard.
+# transformers makes a staging folder that is there again and again.
 HARMLESS = re.compile(
     r"ham\.log$|^\w+ \.run/lock( \(deleted\))?$|^(mkdir|rmdir) .*(\.run|checkpoints)$"
+    r"|^mkdir \.run/\.stage-[0-9a-f]{32}$"
+    # safetensors drops the error of this close; the same file is fsynced, reopened and recounted then
+    r"|^close \.run/\.stage-[0-9a-f]{32}/model\.safetensors$"
 )
 
 
