@@ -23,7 +23,7 @@ NOBODY = 65534
 HARMLESS = re.compile(
     r"ham\.log$|^\w+ \.run/lock( \(deleted\))?$|^(mkdir|rmdir) .*(\.run|checkpoints)$"
     r"|^mkdir \.run/\.stage-[0-9a-f]{32}$"
-    # safetensors drops the error of this close; the same file is fsynced, reopened and recounted then
+    # safetensors drops the error of this close; the file is fsynced, reopened and recounted then
     r"|^close \.run/\.stage-[0-9a-f]{32}/model\.safetensors$"
 )
 
