@@ -64,7 +64,8 @@ def write_folder(
         for path in (*weights, stage / CONFIG):
             files[path.name] = path.stat().st_size, sha256(path)
     text = effective_text(opened.recipe, {"ham": __version__, **installed_versions()})
-    (stage / "recipe.yaml").write_text(text, encoding="utf-8")
+    with disk_errors("cannot write the recipe", stage):
+        (stage / "recipe.yaml").write_text(text, encoding="utf-8")
     raw = text.encode()
     files["recipe.yaml"] = len(raw), hashlib.sha256(raw).hexdigest()
     listed = tuple((name, size, digest) for name, (size, digest) in files.items())
@@ -99,7 +100,8 @@ def finish_folder(report: Report, stage: Path, run: RunState, progress: Progress
     from hamcli.report.writing import write_report
 
     progress.stage("writing the report")
-    write_report(report, stage)
+    with disk_errors("cannot write the report", stage):
+        write_report(report, stage)
     for text in run.publish(stage):
         progress.warn(text)
     return report

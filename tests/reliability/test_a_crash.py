@@ -274,9 +274,13 @@ def damaged(job, stopped, case, **options):
     assert_clean_streams(done)
     wrong = [] if done.code == 0 else [f"{done.code}: {done.stderr}"]
     warnings = [line for line in done.stderr.splitlines() if "damaged" in line]
+    # a bit of the manifest may be one of another file's hash, which is the one that is told then
+    told_of = NAMES if name == "MANIFEST.json" else [name]
     if len(warnings) != 1 or not warnings[0].startswith("ham: warning: "):
         wrong.append(f"warnings: {warnings}")
-    elif not all(word in warnings[0] for word in (f"step-00000003/{name}", "from step 2")):
+    elif "from step 2" not in warnings[0] or not any(
+        f"step-00000003/{one}" in warnings[0] for one in told_of
+    ):
         wrong.append(f"the warning names no file or no step: {warnings[0]}")
     told = {"report.json", "report.html", "README.md"}  # where the warning stands too
     if out.exists():

@@ -10,17 +10,21 @@ import pytest
 
 from tests.reliability import faults, judge, mutants, stops, tiny
 from tests.reliability.assertions import assert_clean_error, assert_stopped
+from tests.reliability.hooks import HERE
 from tests.reliability.mutants import named
 from tests.reliability.test_a_crash import LAST_CALLS, calls_of, make_old
 from tests.reliability.trials import in_lanes
-from tests.reliability.watching import HERE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 NOBODY = 65534
 # A log, a lock that is let go, folders that are there or go again: these may fail unheard.
+# transformers makes a staging folder that is there again and again.
 HARMLESS = re.compile(
     r"ham\.log$|^\w+ \.run/lock( \(deleted\))?$|^(mkdir|rmdir) .*(\.run|checkpoints)$"
+    r"|^mkdir \.run/\.stage-[0-9a-f]{32}$"
+    # safetensors drops the error of this close; the file is fsynced, reopened and recounted then
+    r"|^close \.run/\.stage-[0-9a-f]{32}/model\.safetensors$"
 )
 
 

@@ -10,8 +10,8 @@ import pytest
 
 from tests.reliability import judge, stops
 from tests.reliability.assertions import assert_clean_error
+from tests.reliability.hooks import HERE
 from tests.reliability.trials import Job
-from tests.reliability.watching import HERE
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

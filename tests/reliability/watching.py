@@ -1,128 +1,114 @@
-"""What a case does before `main`, or instead of it, to look at something from within."""
+"""What a case opened, wrote, ran, connected to and unpickled, told by Python's own audit events.
 
-import hashlib
+A hook cannot be taken off and sees what mocks would miss: every library's open, socket, subprocess
+and unpickling, if it goes through Python. What native code opens by itself needs strace.
+"""
+
+import json
 import os
 import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-HERE = __name__
+from tests.reliability.server import Outcome, Server
+
+VARIABLE = "HAM_TESTS_WATCH"
+
+SOCKETS = {
+    "socket.connect", "socket.getaddrinfo", "socket.gethostbyname", "socket.sendto", "socket.bind",
+}  # fmt: skip
+PROCESSES = {
+    "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "os.fork",
+    "pty.spawn",
+}  # fmt: skip
+CHANGES = {
+    "os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate",
+    "os.chmod", "os.chown", "shutil.rmtree", "shutil.move",
+}  # fmt: skip
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+OTHERS = {"pickle.find_class": "pickles", "builtins.input": "questions"}
 
 
-def _print_fifty(save: Any) -> None:
-    import hamcli.cli
+@dataclass(frozen=True)
+class Watched:
+    """What a case did; each a list of what Python said of it."""
 
-    def main(argv: list[str]) -> None:
-        for _ in range(50):
-            path = save(Path(argv[0]))
-            print(hashlib.sha256(path.read_bytes()).hexdigest())
-        sys.exit(0)
+    opened: list[str]
+    written: list[str]
+    """Opened for writing, made, moved or removed."""
+    sockets: list[str]
+    processes: list[str]
+    pickles: list[str]
+    questions: list[str]
 
-    hamcli.cli.main = main  # type: ignore[assignment]
+    def opened_below(self, folder: Path) -> list[str]:
+        """What was opened inside `folder`."""
+        return [path for path in self.opened if Path(path).is_relative_to(folder)]
 
-
-def export_fifty_times() -> None:
-    """Export a model with several tensors fifty times; print a hash a line."""
-    import torch
-    import transformers
-
-    from hamcli.checkpoint.dense import write_model
-    from hamcli.checkpoint.source import find_model
-    from tests.reliability import tiny
-
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**tiny.CONFIG))
-
-    def save(folder: Path) -> Path:
-        if not (folder / "source").exists():
-            model.save_pretrained(folder / "source")
-        stage = folder / os.urandom(8).hex()
-        stage.mkdir()
-        write_model(model, find_model(str(folder / "source"), hashed=False), stage)
-        return stage / "model.safetensors"
-
-    _print_fifty(save)
+    def written_outside(self, *allowed: Path) -> list[str]:
+        """What was written that lies in none of these, the system's own devices left out."""
+        fine = (*map(str, allowed), "/dev/null", "/dev/tty")
+        return [path for path in self.written if not path.startswith(fine)]
 
 
-def save_fifty_times_with_eight_keys() -> None:
-    """What the library makes of metadata with several keys: the control of the test above."""
-    import torch
-    from safetensors.torch import save_file
-
-    def save(folder: Path) -> Path:
-        metadata = {f"key{number}": str(number) for number in range(8)}
-        save_file({"x": torch.ones(2)}, folder / "x.safetensors", metadata=metadata)
-        return folder / "x.safetensors"
-
-    _print_fifty(save)
+def run(server: Server, argv: Sequence[str], cwd: Path, **options: Any) -> tuple[Outcome, Watched]:
+    """A case of the fork server under the hook."""
+    with tempfile.NamedTemporaryFile(prefix="ham-watch-") as file:
+        environment = {**options.pop("env", {}), VARIABLE: file.name}
+        done = server.run(
+            argv, cwd=cwd, env=environment, before="tests.reliability.watching:watch", **options
+        )
+        return done, _read(Path(file.name))
 
 
-def _with_identity(**changes: Any) -> None:
-    import dataclasses
+def watch() -> None:
+    """In the case: write a line for each event that matters."""
+    told = os.open(os.environ.pop(VARIABLE), os.O_WRONLY | os.O_APPEND)
+    here = os.getcwd()
+    if os.environ.get("HF_HUB_OFFLINE") == "1":
+        # read on import, which the warm process did long ago
+        import datasets
+        from huggingface_hub import constants
 
-    from hamcli import pipeline
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
 
-    module: Any = pipeline
-    original = module.run_identity
-    module.run_identity = lambda opened: dataclasses.replace(original(opened), **changes)
+    def hook(event: str, args: tuple[Any, ...]) -> None:
+        if event == "open":
+            if isinstance(args[0], int):
+                return
+            kind = "written" if isinstance(args[2], int) and args[2] & WRITING else "opened"
+            where = os.path.normpath(os.path.join(here, _text(args[0])))
+        elif event in CHANGES:
+            if event in ("os.remove", "os.rmdir") and args[1] != -1:
+                return  # relative to a folder whose removal was told
+            kind, where = "written", os.path.normpath(os.path.join(here, _text(args[0])))
+        elif event in SOCKETS:
+            if event != "socket.getaddrinfo" and isinstance(args[1], str | bytes):
+                return  # a socket of this machine's own file system
+            kind, where = "sockets", f"{event} {args!r}"
+        elif event in PROCESSES:
+            kind, where = "processes", f"{event} {args!r}"
+        elif event in OTHERS:
+            kind, where = OTHERS[event], repr(args)
+        else:
+            return
+        os.write(told, (json.dumps([kind, where[:4000]]) + "\n").encode())
 
-
-def other_version() -> None:
-    """Another version of torch."""
-    from hamcli.runstate import installed_versions
-
-    _with_identity(versions={**installed_versions(), "torch": "2.99.0"})
-
-
-def other_threads() -> None:
-    """Another number of threads."""
-    import torch
-
-    torch.set_num_threads(2)
-
-
-def other_processes() -> None:
-    """Another number of devices."""
-    _with_identity(num_processes=2)
-
-
-def eat_the_disk() -> None:
-    """Fill the disk that holds the file `EAT` when step `EAT_AT_STEP` is done."""
-    from hamcli import console
-
-    original = console.PlainWatcher.step
-
-    def step(self: Any, record: Any) -> None:
-        original(self, record)
-        if record.step == int(os.environ["EAT_AT_STEP"]):
-            with open(os.environ["EAT"], "wb", buffering=0) as stream:
-                try:
-                    while stream.write(b"x" * 4096) == 4096:
-                        pass
-                except OSError:
-                    pass
-
-    console.PlainWatcher.step = step  # type: ignore[method-assign]
+    sys.addaudithook(hook)
 
 
-def never_load_a_model() -> None:
-    """A model that is opened ends the case with a code of its own."""
-    from hamcli import opening
-
-    module: Any = opening
-    module.load_model = lambda *_, **__: os._exit(55)
+def _text(value: Any) -> str:
+    return os.fsdecode(value) if isinstance(value, str | bytes | os.PathLike) else repr(value)
 
 
-def wait_for_go() -> None:
-    """Wait until the file `GO` is there: several cases begin at one moment."""
-    go = Path(os.environ["GO"])
-    while not go.exists():
-        pass
-
-
-def wait_for_go_without_locks() -> None:
-    """The same on a file system on which every lock succeeds."""
-    import filelock
-
-    filelock._unix.fcntl.flock = lambda *_: None  # type: ignore[attr-defined]
-    wait_for_go()
+def _read(path: Path) -> Watched:
+    found: dict[str, list[str]] = {
+        "opened": [], "written": [], "sockets": [], "processes": [], "pickles": [], "questions": [],
+    }  # fmt: skip
+    for line in path.read_text().splitlines():
+        kind, where = json.loads(line)
+        found[kind].append(where)
+    return Watched(**found)
