@@ -292,7 +292,7 @@ def test_H4_a_command_that_is_told_for_going_on_holds_no_secret(
         tiny.sparsify(server.tiny, tmp_path / "out"), cwd=tmp_path, before=here, env=OTHER_SECRETS
     )
     assert done.code == 75, done.stderr
-    assert "--resume" in done.stderr
+    assert "ham sparsify" in done.stderr or "same command" in done.stderr, done.stderr
     for secret in (SECRET, *OTHER_SECRETS.values()):
         assert secret not in done.stderr
 
