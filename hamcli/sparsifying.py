@@ -412,6 +412,7 @@ class Sparsification:
                 # the last one lets a run that ends while it writes its result go on from here
                 if stop is not None or is_due or record.step == training.steps:
                     self._save(record.step, optimizer, course, seconds)
+                    stop = stop or self._stop_agreed()  # one that came while saving
                 if stop is not None:
                     raise self._stopped(stop)
         finally:

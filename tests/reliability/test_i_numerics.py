@@ -30,11 +30,11 @@ def spoil() -> None:
     kind, at = os.environ["SPOIL"].split()
     whole = training._accumulate
 
-    def accumulate(model: Any, hooks: Any, step: int, *args: Any) -> float:
-        loss = whole(model, hooks, step, *args)
+    def accumulate(engine: Any, hooks: Any, step: int, *args: Any) -> float:
+        loss = whole(engine, hooks, step, *args)
         if step != int(at):
             return loss
-        last = [param for param in model.parameters() if param.grad is not None][-1]
+        last = [param for param in engine.model.parameters() if param.grad is not None][-1]
         if kind == "loss":
             return float("nan")
         last.grad.view(-1)[0] = float(kind)
