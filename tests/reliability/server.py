@@ -35,6 +35,8 @@ PLAIN = {
     "COLUMNS": "200",
     "NO_COLOR": "1",
     "OMP_NUM_THREADS": "1",
+    # torch may make its pool twice when the loading threads of a forked process are its first users
+    "HF_DEACTIVATE_ASYNC_LOAD": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_TOKEN": SECRET,
 }

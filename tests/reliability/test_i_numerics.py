@@ -169,7 +169,9 @@ def test_I5_cast_out(server: Server, tmp_path: Path, dtype: str, ulp: float) -> 
     wide, narrow = tmp_path / "wide", tmp_path / "narrow"
     assert server.run(tiny.sparsify(server.tiny, wide)).code == 0
     more = ["--set", f"export.dtype={dtype}", "--json"]
-    report = json.loads(server.run(tiny.sparsify(server.tiny, narrow, *more)).stdout)
+    done = server.run(tiny.sparsify(server.tiny, narrow, *more))
+    assert done.code == 0, done.stderr
+    report = json.loads(done.stdout)
     before, after = read_folder(wide), read_folder(narrow)
     zeros = 0
     for name, values in before.items():
