@@ -198,7 +198,7 @@ def test_a_signal_while_a_run_is_written_leaves_it_saved(base, tmp_path, monkeyp
         return real(*words)
 
     monkeypatch.setattr(sparsifying, "write_folder", late)
-    with pytest.raises(Preempted, match="0 runs were made; .* is saved where it stopped"):
+    with pytest.raises(Preempted, match=r"0 runs were made; .* is saved where it stopped"):
         compare(base(), SMALL, out=tmp_path / "out")
 
 

@@ -28,6 +28,7 @@ QUICK = {
 
 ROOT = Path(__file__).parents[2]
 
+
 def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32, layers: int = 2) -> Path:
     """A folder with a causal language model over the tokenizer of ALBERT."""
     from transformers import LlamaConfig, LlamaForCausalLM
