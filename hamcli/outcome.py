@@ -1,35 +1,38 @@
 """What a run found and wrote, turned into records: counts, sizes, quality, machine, gate."""
 
-import math
 import platform
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from hamcli.checkpoint.recount import count_zeros
 from hamcli.data import Data
 from hamcli.evaluation import Quality, drop
 from hamcli.opening import Opened, data_digests
+from hamcli.progress import StepRecord
+from hamcli.recipe import Recipe
 from hamcli.report.records import (
+    Curves,
     DataRecord,
     EnvironmentRecord,
     FileRecord,
     GateCondition,
     GateRecord,
-    Histogram,
+    HamRecord,
     ModelRecord,
     QualityRecord,
     SparsityRecord,
     TensorRecord,
+    TrainingRecord,
 )
 from hamcli.runstate import installed_versions
-from hamcli.sparsity.targets import Targets
 from hamcli.speed import Found, speed_of
 
-BINS = 80
-HISTOGRAM_LIMIT = 2_000_000  # weights; beyond it every n-th counts
+CURVE_LIMIT = 500
+"""Points of a curve in the report."""
 
 
 def counted_tensors(
@@ -84,63 +87,6 @@ def file_records(folder: Path, files: Sequence[tuple[str, int, str]]) -> tuple[F
     return tuple(FileRecord(path, size, digest) for path, size, digest in files)
 
 
-def sampled(tensors: Sequence[Tensor], stride: int, targets: Targets) -> list[Tensor]:
-    """Every `stride`-th weight of each, fp32 on the CPU; of parts, those that the whole would give.
-
-    Args:
-        tensors: Shaped as the targets' weights.
-        stride: At least 1.
-        targets: Say where parts begin.
-    """
-    made = []
-    for one, target in zip(tensors, targets, strict=True):
-        begin = 0
-        if target.part is not None:
-            begin = -target.part.begin * math.prod(target.part.shape[1:]) % stride
-        made.append(one.detach().flatten()[begin::stride].float().cpu())
-    return made
-
-
-def sampling_stride(total: int) -> int:
-    """Which weights the histogram of `total` weights counts: every so manieth."""
-    return max(1, total // HISTOGRAM_LIMIT)
-
-
-def histogram(before: Sequence[Tensor], after: Sequence[Tensor], stride: int) -> Histogram:
-    """Weights near zero, within one root mean square of the dense ones, before and after.
-
-    Args:
-        before: The dense weights, `sampled`.
-        after: The sparse ones.
-        stride: Of the samples.
-    """
-    first, second = torch.cat(list(before)), torch.cat(list(after))
-    scale = float(first.square().mean().sqrt()) or 1.0
-    edges = torch.linspace(-1, 1, BINS + 1)
-    return Histogram(
-        edges=tuple(round(float(edge), 6) for edge in edges),
-        before=_bins(first / scale),
-        after=_bins(second / scale),
-        before_zeros=int((first == 0).sum()),
-        after_zeros=int((second == 0).sum()),
-        total=first.numel(),
-        unit="weight / RMS of the dense targets"
-        + (f", every {stride}th weight" if stride > 1 else ""),
-    )
-
-
-def histogram_of(before: Sequence[Tensor], targets: Targets) -> Histogram:
-    """The histogram of targets that are whole, `before` and now."""
-    stride = sampling_stride(targets.total)
-    samples = [sampled(one, stride, targets) for one in (before, targets.params)]
-    return histogram(samples[0], samples[1], stride)
-
-
-def _bins(values: Tensor) -> tuple[int, ...]:
-    alive = values[values != 0]
-    return tuple(int(count) for count in torch.histc(alive, bins=BINS, min=-1, max=1))
-
-
 def measured_speed(
     opened: Opened, model: torch.nn.Module, tensors: Sequence[TensorRecord], device: torch.device
 ) -> Found:
@@ -156,6 +102,73 @@ def measured_speed(
     wanted = opened.recipe.evaluation.speed == "auto"
     is_cpu = device.type == "cpu"
     return speed_of(model, wanted=wanted, dtype=next(others, "F32"), is_cpu=is_cpu)
+
+
+def training_record(
+    recipe: Recipe,
+    records: Sequence[StepRecord],
+    group: Mapping[str, Any],
+    exponents: Mapping[str, Any] | None,
+    *,
+    objective: str,
+    seconds: float,
+    sign_flips: float,
+) -> TrainingRecord:
+    """How it was trained.
+
+    Args:
+        recipe: Of the run.
+        records: One of each step.
+        group: The targets' group of the optimizer.
+        exponents: Of the last mirror step that was measured.
+        objective: What was minimised, in words.
+        seconds: Of training.
+        sign_flips: Share of the surviving weights that changed their sign.
+    """
+    means = [one.exponent_mean for one in records if one.exponent_mean is not None]
+    greatest = [one.exponent_max for one in records if one.exponent_max is not None]
+    moved = [one.moved_fraction for one in records if one.moved_fraction is not None]
+    last = exponents or {}
+    is_on = not (group["alpha"] == 0 and group["beta"] == 0)
+    ham = HamRecord(
+        scaling=group["scaling"],
+        strength=group["strength"],
+        alpha=last.get("alpha"),
+        beta=group["beta"],
+        clamp=group["clamp"],
+        exponent_mean=_mean(means),
+        exponent_max=max(greatest, default=None),
+        clamped_fraction=last.get("clamped_fraction"),
+        guard_events=last.get("guard_events", 0),
+    )
+    training = recipe.training
+    return TrainingRecord(
+        steps=training.steps,
+        seconds=round(seconds, 1),
+        ham_moved_fraction=_mean(moved),
+        sign_flips=sign_flips,
+        curves=Curves.from_rows(_curve_rows(records), limit=CURVE_LIMIT),
+        ham=ham if is_on else None,
+        batch_size=training.batch_size * training.accumulation,
+        objective=objective,
+        optimizer=recipe.optimizer.base,
+    )
+
+
+def _curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
+    """A row a step; between two measured mirror steps the last one's exponents hold."""
+    rows = []
+    held: dict[str, Any] = {}
+    for record in records:
+        row = asdict(record)
+        measured = {key: row[key] for key in ("exponent_mean", "exponent_max")}
+        held = measured if record.exponent_mean is not None else held
+        rows.append({**row, **held})
+    return rows
+
+
+def _mean(values: Sequence[float]) -> float | None:
+    return sum(values) / len(values) if values else None
 
 
 def gate_record(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
+from hamcli.changes import greatest_dropped, histogram_of
 from hamcli.data import Data, evaluation_batches
 from hamcli.errors import RecipeError, UsageError
 from hamcli.evaluation import Quality, drop, measure
@@ -47,9 +48,6 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
         teacher = make_teacher(model)
         progress.stage("pruning")
         masks = _prune_(opened, device)
-        dropped = [
-            w.abs()[~m].max() for w, m in zip(before, masks, strict=True) if not bool(m.all())
-        ]
         progress.stage("writing and recounting")
         written = write_folder(opened, model, run.stage())
         tensors = outcome.counted_tensors(written.stage, targets.names, written.names)
@@ -57,8 +55,8 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             tensors,
             section.target,
             num_parameters=sum(param.numel() for param in model.parameters()),
-            threshold=float(torch.stack(dropped).max())
-            if dropped and section.method not in WITHOUT_TRAINING and section.score == "magnitude"
+            threshold=greatest_dropped(before, masks)
+            if section.method not in WITHOUT_TRAINING and section.score == "magnitude"
             else None,
             natural_zeros=natural,
             method=section.method if section.method in WITHOUT_TRAINING else "one-shot",
@@ -89,7 +87,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             ),
             command="prune",
             data=outcome.data_record(opened),
-            histogram=outcome.histogram_of(before, targets),
+            histogram=histogram_of(before, targets),
             warnings=opened.data.notes,
         )
         finish_folder(report, written.stage, run, progress)

@@ -2,20 +2,20 @@
 
 import signal
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
+from hamcli.changes import Change, change_of, greatest_dropped
 from hamcli.checkpoint.dense import stored_tensors
 from hamcli.data import batch, evaluation_batches
-from hamcli.errors import HamError, RecipeError, ResourceError, stopped_by
+from hamcli.errors import HamError, RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import (
     Written,
@@ -30,25 +30,20 @@ from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM, forms
 from hamcli.parallel.limits import refuse_unsharded
 from hamcli.parallel.parts import (
-    fingerprint,
     has_batch_norm,
     part_of,
     refuse_uneven_batch,
 )
-from hamcli.parallel.shards import Shards, fill_, gathered, local, shard_, shard_teacher, whole
+from hamcli.parallel.shards import Shards, fill_, shard_, shard_teacher, whole
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
 from hamcli.report.records import (
     NO_SPEED,
-    Curves,
-    HamRecord,
-    Histogram,
-    QualityRecord,
     Report,
-    TrainingRecord,
+    TensorRecord,
 )
-from hamcli.runstate import Checkpoint, RunState
-from hamcli.runstate.tensors import writing_order
+from hamcli.runstate import RunState
+from hamcli.saving import PARTS, History, State, own_tensors, restore, save
 from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
 from hamcli.sizes import size_record
@@ -74,25 +69,29 @@ from hamcli.training import (
 
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
 MOVED_FLOOR = 0.01
-RUN_PARTS = (
-    "model",
-    "optimizer",
-    "sparsifier",
-    "values.exponents",
-    "values.groups",
-    "values.records",
-    "values.seconds",
-    "values.tensors",
-)
 
 
 @dataclass(frozen=True, slots=True)
-class _WeightsTold:
-    """What a report says of the weights themselves."""
+class Trained:
+    """What training leaves to be written and reported.
 
-    threshold: float | None
-    histogram: Histogram
-    sign_flips: float
+    Attributes:
+        objective: What was minimised.
+        optimizer: With its last state.
+        sparsifier: With the final masks.
+        dense: Quality of the dense model; None of one with a new head.
+        one_shot: Quality of pruning as far without training.
+        dense_weights: The targets' weights before, on the CPU.
+        seconds: Of training, in all sessions.
+    """
+
+    objective: Objective
+    optimizer: HAM
+    sparsifier: Sparsifier
+    dense: Quality | None
+    one_shot: Quality | None
+    dense_weights: Sequence[Tensor]
+    seconds: float
 
 
 class Sparsification:
@@ -122,10 +121,7 @@ class Sparsification:
             refuse_unsharded(self.recipe)
         self.accelerator = make_accelerator(training.device, training.precision, world.size)
         self.device = self.accelerator.device
-        self.records: list[StepRecord] = []
-        self.seconds_before = 0.0
-        self.exponents_before: dict[str, Any] | None = None  # of the run that is gone on with
-        self.done = 0  # steps that are saved, or will be before anybody hears of a stop
+        self.history = History()
         self.outliers: list[float] | None = None
         self.activation: Score | None = None
         self.teacher = self._place()
@@ -156,34 +152,27 @@ class Sparsification:
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
+        trained = Trained(
+            objective, optimizer, course.sparsifier, dense, one_shot, dense_weights, seconds
+        )
         if self.shards is not None:
             course.finish()
-            return self._write_together(
-                self.shards, objective, optimizer, course.sparsifier, teacher, dense, one_shot,
-                dense_weights, seconds,
-            )  # fmt: skip
-        if self.run is None:
-            return None
-        run, stage = self.run, self.run.stage()
+            return self._write_together(self.shards, trained)
+        return None if self.run is None else self._finish(self.run, course, trained)
 
-        def written(folder: Path, target: float) -> Report:
-            alone = one_shot if target == self.recipe.sparsity.target else None
-            return self._write(
-                folder, target, objective, optimizer, course.sparsifier, teacher, dense, alone,
-                dense_weights, seconds,
-            )  # fmt: skip
-
-        levels = self.recipe.sparsity.levels
+    def _finish(self, run: RunState, course: Course, trained: Trained) -> Report:
+        """Write the result, or one for each level."""
+        stage, levels = run.stage(), self.recipe.sparsity.levels
         if levels is None or not isinstance(course, Levels):
             course.finish()
-            report = written(stage, self.recipe.sparsity.target)
+            report = self._write(stage, self.recipe.sparsity.target, trained)
             self._stop_here()
             return finish_folder(report, stage, run, self.progress)
         reports = {}
         for level, target in enumerate(levels):
             course.finish_level(level)
             name = f"{target * 100:g}"
-            reports[name] = written(stage / name, target)
+            reports[name] = self._write(stage / name, target, trained)
         self._stop_here()
         return finish_levels(reports, stage, run, self.progress)
 
@@ -243,12 +232,10 @@ class Sparsification:
     def _warn_of_parts(self) -> None:
         """Say where several processes do not compute what one would."""
         if self.world.size > 1 and has_batch_norm(self.model):
-            text = (
+            self._warn(
                 "batch norm sees each process's own part of the batch: the result is not that of "
                 "one process"
             )
-            self.warnings.append(text)
-            self.progress.warn(text)
 
     def _look_at_inputs(self) -> None:
         """Of the dense model, what owl and the score wanda stand on; the same when resumed."""
@@ -334,6 +321,7 @@ class Sparsification:
         training, section = self.recipe.training, self.recipe.optimizer
         pairs = self._balanced_pairs(course)
         done = self._resume(optimizer, course)
+        state = self._state(optimizer, course)
         self._preflight()
         every = max(1, training.steps // MEASURED_STEPS)
 
@@ -403,21 +391,21 @@ class Sparsification:
                 max_grad_norm=section.max_grad_norm,
                 seed=training.seed,
             ):
-                self.records.append(record)
+                self.history.records.append(record)
                 self.track(record)
                 self.progress.step(record)
-                seconds = self.seconds_before + time.monotonic() - began
+                seconds = self.history.seconds_before + time.monotonic() - began
                 is_due = record.step % training.checkpoint_every == 0
                 stop = self._stop_agreed()
                 # the last one lets a run that ends while it writes its result go on from here
                 if stop is not None or is_due or record.step == training.steps:
-                    self._save(record.step, optimizer, course, seconds)
+                    save(self.run, state, self.history, record.step, seconds)
                     stop = stop or self._stop_agreed()  # one that came while saving
                 if stop is not None:
                     raise self._stopped(stop)
         finally:
             self.progress.end_steps()
-        return self.seconds_before + time.monotonic() - began
+        return self.history.seconds_before + time.monotonic() - began
 
     def _part(self, whole: dict[str, Tensor]) -> Part | None:
         return Part(whole, self.world.size, self.world.sum_) if self.world.size > 1 else None
@@ -478,93 +466,30 @@ class Sparsification:
         again = self.command or "the same command"
         if self.world.size > 1:
             again = "the same launch"
-        if self.done == 0:
+        if self.history.saved == 0:
             resumed = self.run is not None and self.run.resume
             nothing = f"{'nothing new' if resumed else 'nothing'} was saved before the first step"
             return stopped_by(name, nothing, last=f"{nothing}; to start: {again}")
         if "--resume" not in again:
             again += " with --resume" if self.world.size > 1 else " --resume"
-        saved = f"saved step {self.done}"
+        saved = f"saved step {self.history.saved}"
         return stopped_by(name, saved, last=f"{saved}; to go on: {again}")
 
-    def _save(self, step: int, optimizer: HAM, course: Course, seconds: float) -> None:
-        """Save the run, in process 0; the others wait, so that none runs ahead of it."""
-        self._refuse_drift(step)
-        tensors = self._state(optimizer, course)
-        if self.run is not None:
-            values = {
-                "exponents": self._exponents(optimizer),
-                "groups": optimizer.state_dict()["param_groups"],
-                "records": [asdict(record) for record in self.records],
-                "seconds": seconds,
-                # a moment that is missing would not be missed: the optimizer would begin it anew
-                "tensors": {stem: sorted(named) for stem, named in tensors.items()},
-            }
-            self.run.save(step, tensors, values)
-        elif self.shards is not None:  # process 0 asks for whole tensors, one after the other
-            for stem in sorted(tensors):
-                for name in writing_order(tensors[stem]):
-                    whole(tensors[stem][name])
-        self.world.barrier()
-        self.done = step
-
-    def _exponents(self, optimizer: HAM) -> dict[str, Any] | None:
-        """What the report tells of the last measured mirror step, here or before a stop."""
-        last = optimizer.exponent_statistics()
-        if last is None:
-            return self.exponents_before
-        return {
-            "alpha": last.alpha,
-            "clamped_fraction": last.clamped_fraction,
-            "guard_events": last.guard_events,
-        }
-
-    def _refuse_drift(self, step: int) -> None:
-        """See that the processes hold the same weights, to the bit.
-
-        Raises:
-            ResourceError: E546, they do not.
-        """
-        if self.world.kind != "ddp":
-            return
-        sums = self.world.gather([fingerprint(self.targets.params)])
-        if len(np.unique(sums)) > 1:
-            raise ResourceError(
-                "E546",
-                "the processes hold different weights",
-                f"step {step}",
-                f"the sums of their bits are {sums.flatten().tolist()[:4]}",
-                "the same hardware and software in every process",
-            )
-
-    def _state(self, optimizer: HAM, course: Course) -> dict[str, dict[str, Tensor]]:
-        """All tensors of the run by file and name; those that are cut, as DTensors."""
-        held = optimizer.state_dict()["state"]
-        tensors = {
-            f"{index}.{key}": value
-            for index, entries in held.items()
-            for key, value in entries.items()
-            if isinstance(value, Tensor)
-        }
-        kept = course.state()
-        if self.shards is not None:
-            for target in self.targets:
-                if (key := f"mask.{target.name}") in kept and target.part is not None:
-                    kept[key] = self.shards.joined(kept[key], target.part.source)
-        return {"model": _own_tensors(self.model), "optimizer": tensors, "sparsifier": kept}
+    def _state(self, optimizer: HAM, course: Course) -> State:
+        return State(self.model, optimizer, course, self.targets, self.world, self.shards)
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
+        """Go on from the newest run checkpoint, if that is asked for; its step, or 0."""
         found = None
         if self.run is not None and self.run.resume:
-            found, notes = self.run.newest_valid(RUN_PARTS)
+            found, notes = self.run.newest_valid(PARTS)
             assert found is not None
             for note in notes:
-                self.warnings.append(note)
-                self.progress.warn(note)
+                self._warn(note)
         step = int(self.world.tell(0 if found is None else found.step))
         if step > 0:
-            self._restore(found, optimizer, course)
-            self.done = step
+            restore(found, self._state(optimizer, course), self.history)
+            self.history.saved = step
         if found is not None and self.run is not None:
             self.progress.tell(
                 f"going on from step {step} of {self.recipe.training.steps}, "
@@ -572,119 +497,39 @@ class Sparsification:
             )
         return step
 
-    def _restore(self, found: Checkpoint | None, optimizer: HAM, course: Course) -> None:
-        """Go on from a checkpoint, which process 0 reads for all."""
-
-        def shared(
-            stem: str,
-            names: Collection[str] | None = None,
-            like: Mapping[str, Tensor] | None = None,
-        ) -> dict[str, Tensor]:
-            here = None if found is None else found.tensors(stem, names)
-            return self.world.share(here, self._cutting(like or {}))
-
-        values = self.world.tell(None if found is None else found.values)
-        own = _own_tensors(self.model)
-        saved = shared("model", set(own), own)
-        with torch.no_grad():
-            for name, tensor in own.items():
-                tensor.copy_(saved[name])
-        params = [one for group in optimizer.param_groups for one in group["params"]]
-        entries: dict[int, dict[str, Tensor]] = {}
-        names = values["tensors"]
-        for name, tensor in shared(
-            "optimizer", names["optimizer"], dict(enumerate_names(params))
-        ).items():
-            index, _, key = name.partition(".")
-            entries.setdefault(int(index), {})[key] = tensor
-        optimizer.load_state_dict({"state": entries, "param_groups": values["groups"]})
-        masks = {f"mask.{one.name}": one.part.source for one in self.targets if one.part}
-        kept = shared("sparsifier", names["sparsifier"], masks)
-        course.load_state({key: local(one) if key in masks else one for key, one in kept.items()})
-        self.records = [StepRecord(**record) for record in values["records"]]
-        self.seconds_before = float(values["seconds"])
-        self.exponents_before = values["exponents"]
-
-    def _cutting(self, like: Mapping[str, Tensor]) -> Callable[[str, Tensor], Tensor] | None:
-        """What of each whole tensor stays here, given the parameter that it belongs to.
-
-        `optimizer` files name a parameter by its number before the first dot.
-        """
-        shards = self.shards
-        if shards is None:
-            return None
-
-        def cut(name: str, tensor: Tensor) -> Tensor:
-            param = like.get(name, like.get(name.partition(".")[0]))
-            if param is None or not hasattr(param, "to_local") or tensor.shape != param.shape:
-                return tensor
-            return shards.cut(tensor, param)
-
-        return cut
-
     # ---- the end ----
 
-    def _threshold(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> float | None:
+    def _threshold(self, trained: Trained) -> float | None:
         """Largest dense magnitude among what one shot by magnitude dropped; else unknown."""
-        section = self.recipe.sparsity
-        is_cut = section.method == "one-shot" and section.score == "magnitude"
-        if not is_cut or sparsifier.masks is None:
+        section, masks = self.recipe.sparsity, trained.sparsifier.masks
+        if section.method != "one-shot" or section.score != "magnitude" or masks is None:
             return None
-        dropped = [
-            float(weights.abs()[~mask.cpu()].max())
-            for weights, mask in zip(dense, sparsifier.masks, strict=True)
-            if bool((~mask).any())
-        ]
-        largest = max(dropped, default=-1.0)
-        if self.shards is not None:
-            largest = self.world.greatest(largest)
-        return largest if largest >= 0 else None
+        largest = greatest_dropped(trained.dense_weights, masks)
+        if not self.world.is_sharded:
+            return largest
+        found = self.world.greatest(-1.0 if largest is None else largest)
+        return found if found >= 0 else None
 
-    def _write(
-        self,
-        folder: Path,
-        target: float,
-        objective: Objective,
-        optimizer: HAM,
-        sparsifier: Sparsifier,
-        teacher: nn.Module | None,
-        dense: Quality | None,
-        one_shot: Quality | None,
-        dense_weights: Sequence[Tensor],
-        seconds: float,
-    ) -> Report:
+    def _write(self, folder: Path, target: float, trained: Trained) -> Report:
         """Write the model into a staging folder, recount and measure it there."""
-        found = self._weights_told(dense_weights, sparsifier)
+        change = change_of(trained.dense_weights, self.targets, self.world)
+        threshold = self._threshold(trained)
         self._stop_here()
         self.progress.stage("writing and recounting")
         written = write_folder(self.opened, self.model, folder)
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
         self.progress.stage("measuring the written model")
         again = reload(self.opened, written.stage, self.device)
-        sparse = self._measure(again, teacher)
+        sparse = self._measure(again, self.teacher)
         assert sparse is not None, "process 0 measures"
         self.progress.stage("measuring speed")
         speed = outcome.measured_speed(self.opened, again, tensors, self.device)
-        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
-        return self._report(
-            written, tensors, target, quality, speed, found, objective, optimizer, sparsifier,
-            seconds,
-        )  # fmt: skip
+        return self._report(written, tensors, target, sparse, speed, change, threshold, trained)
 
-    def _write_together(
-        self,
-        shards: Shards,
-        objective: Objective,
-        optimizer: HAM,
-        sparsifier: Sparsifier,
-        teacher: nn.Module | None,
-        dense: Quality | None,
-        one_shot: Quality | None,
-        dense_weights: Sequence[Tensor],
-        seconds: float,
-    ) -> Report | None:
+    def _write_together(self, shards: Shards, trained: Trained) -> Report | None:
         """The same of a model that is cut: process 0 writes what all give, and reads it back."""
-        found = self._weights_told(dense_weights, sparsifier)
+        change = change_of(trained.dense_weights, self.targets, self.world)
+        threshold = self._threshold(trained)
         self.progress.stage("writing and recounting")
         run, written = self.run, None
         if run is not None:
@@ -694,21 +539,20 @@ class Sparsification:
                 whole(tensor)
         self.progress.stage("measuring the written model")
         self._read_back(shards, written)
-        sparse = self._measure(self.model, teacher)
+        sparse = self._measure(self.model, self.teacher)
         if run is None or written is None or sparse is None:
             return None
         tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
-        quality = outcome.quality_record(dense, sparse, one_shot, self.data)
+        target = self.recipe.sparsity.target
         report = self._report(
-            written, tensors, self.recipe.sparsity.target, quality, (None, NO_SPEED), found,
-            objective, optimizer, sparsifier, seconds,
-        )  # fmt: skip
+            written, tensors, target, sparse, (None, NO_SPEED), change, threshold, trained
+        )
         return finish_folder(report, written.stage, run, self.progress)
 
     @torch.no_grad()
     def _read_back(self, shards: Shards, written: Written | None) -> None:
         """Give the model the weights that lie in the files, one tensor after the other."""
-        own = _own_tensors(self.model)
+        own = own_tensors(self.model)
         files = None if written is None else written_tensors(written)
         names = None if written is None else [n for n, s in written.names.items() if len(s) == 1]
         for name in self.world.tell(names):
@@ -720,42 +564,23 @@ class Sparsification:
             self.world.broadcast(here)
             own[name].copy_(shards.cut(here, own[name]))
 
-    def _weights_told(self, dense: Sequence[Tensor], sparsifier: Sparsifier) -> _WeightsTold:
-        """What the weights tell before they are written; in all processes that hold parts."""
-        stride = outcome.sampling_stride(self.targets.total)
-        samples = [
-            outcome.sampled(one, stride, self.targets) for one in (dense, self.targets.params)
-        ]
-        if self.shards is not None:
-            samples = [list(gathered(self.world, one)) for one in samples]
-        alive, flipped = sign_flips(dense, self.targets.params)
-        if self.shards is not None:
-            alive, flipped = (int(one) for one in self.world.add([alive, flipped]))
-        return _WeightsTold(
-            threshold=self._threshold(dense, sparsifier),
-            histogram=outcome.histogram(samples[0], samples[1], stride),
-            sign_flips=flipped / alive if alive else 0.0,
-        )
-
     def _report(
         self,
         written: Written,
-        tensors: Any,
+        tensors: tuple[TensorRecord, ...],
         target: float,
-        quality: QualityRecord,
+        sparse: Quality,
         speed: Found,
-        found: _WeightsTold,
-        objective: Objective,
-        optimizer: HAM,
-        sparsifier: Sparsifier,
-        seconds: float,
+        change: Change,
+        threshold: float | None,
+        trained: Trained,
     ) -> Report:
-        section = self.recipe.sparsity
+        section, sparsifier = self.recipe.sparsity, trained.sparsifier
         sparsity = outcome.sparsity_record(
             tensors,
             target,
             num_parameters=sum(param.numel() for param in self.model.parameters()),
-            threshold=found.threshold,
+            threshold=threshold,
             natural_zeros=sparsifier.natural_zeros,
             method=section.method,
             allocation=section.allocation,
@@ -763,7 +588,9 @@ class Sparsification:
         )
         if sparsity.zeros < sparsifier.num_zeros:
             raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
-        self._warn_of(tensors, sparsity.natural_zeros, sparsifier)
+        self._warn_of(tensors)
+        one_shot = trained.one_shot if target == section.target else None
+        quality = outcome.quality_record(trained.dense, sparse, one_shot, self.data)
         return Report(
             ham_version=__version__,
             model=outcome.model_record(self.opened),
@@ -781,7 +608,15 @@ class Sparsification:
             quality=quality,
             speed=speed[0],
             speed_reason=speed[1],
-            training=self._training_record(objective, optimizer, found.sign_flips, seconds),
+            training=outcome.training_record(
+                self.recipe,
+                self.history.records,
+                trained.optimizer.param_groups[0],
+                self.history.exponents(trained.optimizer),
+                objective=trained.objective.description,
+                seconds=trained.seconds,
+                sign_flips=change.sign_flips,
+            ),
             gate=outcome.gate_record(
                 self.recipe.gate.max_drop,
                 self.recipe.gate.min_sparsity,
@@ -789,91 +624,22 @@ class Sparsification:
                 sparsity.achieved,
             ),
             data=outcome.data_record(self.opened),
-            histogram=found.histogram,
+            histogram=change.histogram,
             warnings=tuple(self.warnings),
         )
 
-    def _warn_of(self, tensors: Any, natural_zeros: int, sparsifier: Sparsifier) -> None:
+    def _warn(self, text: str) -> None:
+        """Say it now, and in the report."""
+        self.warnings.append(text)
+        self.progress.warn(text)
+
+    def _warn_of(self, tensors: Sequence[TensorRecord]) -> None:
         empty = [one.name for one in tensors if one.zeros == one.total]
         if empty and self.recipe.sparsity.target < 1.0:
-            text = f"{len(empty)} tensors lost every weight, first {empty[0]}"
-            self.warnings.append(text)
-            self.progress.warn(text)
-        moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
+            self._warn(f"{len(empty)} tensors lost every weight, first {empty[0]}")
+        moved = [
+            one for record in self.history.records if (one := record.moved_fraction) is not None
+        ]
         is_on = self.recipe.optimizer.ham.alpha != 0 or self.recipe.optimizer.ham.beta != 0
         if is_on and moved and max(moved) < MOVED_FLOOR:
-            text = "the mirror step moved almost no weight: HAM did nothing in this run"
-            self.warnings.append(text)
-            self.progress.warn(text)
-
-    def _training_record(
-        self, objective: Objective, optimizer: HAM, flips: float, seconds: float
-    ) -> TrainingRecord:
-        means = [r.exponent_mean for r in self.records if r.exponent_mean is not None]
-        greatest = [r.exponent_max for r in self.records if r.exponent_max is not None]
-        moved = [r.moved_fraction for r in self.records if r.moved_fraction is not None]
-        last = self._exponents(optimizer) or {}
-        group = optimizer.param_groups[0]
-        is_on = not (group["alpha"] == 0 and group["beta"] == 0)
-        ham = HamRecord(
-            scaling=group["scaling"],
-            strength=group["strength"],
-            alpha=last.get("alpha"),
-            beta=group["beta"],
-            clamp=group["clamp"],
-            exponent_mean=_mean(means),
-            exponent_max=max(greatest, default=None),
-            clamped_fraction=last.get("clamped_fraction"),
-            guard_events=last.get("guard_events", 0),
-        )
-        training = self.recipe.training
-        return TrainingRecord(
-            steps=training.steps,
-            seconds=round(seconds, 1),
-            ham_moved_fraction=_mean(moved),
-            sign_flips=flips,
-            curves=Curves.from_rows(curve_rows(self.records), limit=500),
-            ham=ham if is_on else None,
-            batch_size=training.batch_size * training.accumulation,
-            objective=objective.description,
-            optimizer=self.recipe.optimizer.base,
-        )
-
-
-def curve_rows(records: Sequence[StepRecord]) -> list[dict[str, Any]]:
-    """A row a step; between two measured mirror steps the last one's exponents hold."""
-    rows = []
-    held: dict[str, Any] = {}
-    for record in records:
-        row = asdict(record)
-        measured = {key: row[key] for key in ("exponent_mean", "exponent_max")}
-        held = measured if record.exponent_mean is not None else held
-        rows.append({**row, **held})
-    return rows
-
-
-def _mean(values: Sequence[float]) -> float | None:
-    return sum(values) / len(values) if values else None
-
-
-def enumerate_names(params: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Parameters by their number, as text."""
-    return ((str(index), param) for index, param in enumerate(params))
-
-
-def _own_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers by their first name, tied ones once."""
-    return {**dict(model.named_parameters()), **dict(model.named_buffers())}
-
-
-def sign_flips(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[int, int]:
-    """How many weights survive, and how many of them have not the dense model's sign."""
-    alive = flipped = 0
-    for old, new in zip(before, after, strict=True):
-        kept = new.detach().cpu()
-        alive += int(kept.count_nonzero())
-        flipped += int((torch.sign(kept) * torch.sign(old) < 0).sum())
-    return alive, flipped
-
-
-# ---- what sparsify and prune share ----
+            self._warn("the mirror step moved almost no weight: HAM did nothing in this run")

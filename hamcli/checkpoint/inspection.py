@@ -40,6 +40,12 @@ def _no_advance(_: int) -> None:
     pass
 
 
+def _sparsity(zeros: int | None, total: int) -> float | None:
+    if zeros is None:
+        return None
+    return zeros / total if total else 0.0
+
+
 @dataclass(frozen=True, slots=True)
 class TensorInspection:
     """One tensor, in elements. What needs values is None where they were not asked for."""
@@ -69,9 +75,7 @@ class TensorInspection:
     @property
     def sparsity(self) -> float | None:
         """Zeros over all elements."""
-        if self.zeros is None:
-            return None
-        return self.zeros / self.total if self.total else 0.0
+        return _sparsity(self.zeros, self.total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +99,7 @@ class GroupInspection:
     @property
     def sparsity(self) -> float | None:
         """Zeros over all elements."""
-        if self.zeros is None:
-            return None
-        return self.zeros / self.total if self.total else 0.0
+        return _sparsity(self.zeros, self.total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,17 +59,34 @@ def build(note: Callable[[str], None] | None = None) -> Path:
     """
     compiler = find_compiler()
     flags = compile_flags()
-    folder = cache_folder() / _key(compiler, flags)
-    library = folder / LIBRARY
+    library = cache_folder() / _key(compiler, flags) / LIBRARY
+
+    def make() -> None:
+        if note is not None:
+            note("building the fused step for this machine, once; about a minute")
+        _compile(compiler, flags, library)
+
+    return built_once(library, make)
+
+
+def built_once(library: Path, make: Callable[[], None]) -> Path:
+    """The library, made if it is not there yet, by one process while others wait.
+
+    Args:
+        library: Its path; it alone lies in its folder, which is made.
+        make: Puts it there, in one rename.
+
+    Raises:
+        CannotBuild: It failed, took too long, or the folder cannot be written.
+    """
     if library.exists():
         return library
+    folder = library.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=WAIT_SECONDS):
             if not library.exists():
-                if note is not None:
-                    note("building the fused step for this machine, once; about a minute")
-                _compile(compiler, flags, library)
+                make()
     except Timeout:
         raise CannotBuild(f"another process has been building it for {WAIT_SECONDS} s") from None
     except OSError as error:

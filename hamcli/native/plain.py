@@ -13,11 +13,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from hamcli.native.building import (
-    WAIT_SECONDS,
     CannotBuild,
+    built_once,
     cache_folder,
     find_compiler,
     run_compilers,
@@ -51,20 +49,8 @@ def _build() -> Path:
     if sys.platform not in ("linux", "darwin"):
         raise CannotBuild(f"it is not built on {sys.platform}")
     compiler, flags = find_compiler(), _flags()
-    folder = cache_folder() / f"bits-{_key(compiler, flags)}"
-    library = folder / LIBRARY
-    if library.exists():
-        return library
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock", timeout=WAIT_SECONDS):
-            if not library.exists():
-                _compile(compiler, flags, library)
-    except Timeout:
-        raise CannotBuild(f"another process has been building it for {WAIT_SECONDS} s") from None
-    except OSError as error:
-        raise CannotBuild(f"{folder} cannot be written: {error.strerror or error}") from error
-    return library
+    library = cache_folder() / f"bits-{_key(compiler, flags)}" / LIBRARY
+    return built_once(library, lambda: _compile(compiler, flags, library))
 
 
 def _compile(compiler: str, flags: tuple[str, ...], library: Path) -> None:

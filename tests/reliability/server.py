@@ -306,6 +306,19 @@ def cold_environment() -> dict[str, str]:
     return {**os.environ, **PLAIN, "PYTHONPATH": str(ROOT)}
 
 
+def answer_of(module: str, *words: object) -> dict[str, Any]:
+    """What a module of this package prints as JSON, in an interpreter of its own."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"tests.reliability.{module}", *map(str, words)],
+        cwd=ROOT,
+        env=cold_environment(),
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    return dict(json.loads(done.stdout))
+
+
 def cold(
     argv: Sequence[str],
     *,

@@ -1,6 +1,5 @@
 """F: hostile or broken models; code 4, the input untouched, little memory, and in time."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -16,7 +15,7 @@ from tests.reliability import hostile_models, judge, tiny, witness
 from tests.reliability.assertions import assert_clean_error
 from tests.reliability.header_fuzz import READERS
 from tests.reliability.hostile_models import CASES, Case
-from tests.reliability.server import PLAIN, ROOT, Outcome, Server, cold
+from tests.reliability.server import PLAIN, ROOT, Outcome, Server, answer_of, cold
 
 MIB = 2**20
 CPU_SECONDS = 2.0
@@ -24,15 +23,7 @@ CPU_SECONDS = 2.0
 
 def fuzz(count: int, reader: str = "ours") -> dict[str, Any]:
     """What came of `count` damaged files, in a process without torch."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.reliability.header_fuzz", str(count), reader],
-        cwd=ROOT,
-        env={**os.environ, **PLAIN, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return dict(json.loads(done.stdout))
+    return answer_of("header_fuzz", count, reader)
 
 
 def faults_of(found: dict[str, Any]) -> dict[str, int]:

@@ -1,11 +1,8 @@
 """G: recipes that are attacks or mistakes; code 2, one line a fault, with its place."""
 
 import json
-import os
 import random
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from hamcli.recipe.schema import Recipe
 from hamcli.recipe.text import RecipeLoader, parse
 from tests.reliability import hostile_recipes, tiny, witness
 from tests.reliability.assertions import assert_clean_error
-from tests.reliability.server import PLAIN, ROOT
+from tests.reliability.server import answer_of
 
 PLACE = re.compile(r"\w+\.yaml:\d+:\d+")
 CODE = re.compile(r"ham: error\[HAM-(E2\d\d)\]: ")
@@ -50,15 +47,7 @@ def assert_told(lines: list[str]) -> None:
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """How every recipe of the corpus ended, read in a fork of its own without torch."""
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.reliability.hostile_recipes", tmp_path_factory.mktemp("r")],
-        cwd=ROOT,
-        env={**os.environ, **PLAIN, "PYTHONPATH": str(ROOT)},
-        check=True,
-        capture_output=True,
-        text=True,
-    )
-    return dict(json.loads(done.stdout))
+    return answer_of("hostile_recipes", tmp_path_factory.mktemp("r"))
 
 
 def test_G1_corpus(corpus: dict[str, Any], figure: Any) -> None:
