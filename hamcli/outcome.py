@@ -132,7 +132,7 @@ def training_record(
     is_on = not (group["alpha"] == 0 and group["beta"] == 0)
     ham = HamRecord(
         scaling=group["scaling"],
-        strength=group["strength"],
+        eta=group["eta"],
         alpha=last.get("alpha"),
         beta=group["beta"],
         clamp=group["clamp"],

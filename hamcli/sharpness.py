@@ -70,13 +70,13 @@ def adapter_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
 
 @torch.no_grad()
 def balance_(
-    pairs: Sequence[tuple[Tensor, Tensor]], strength: float, state: Mapping[Any, Any] | None = None
+    pairs: Sequence[tuple[Tensor, Tensor]], amount: float, state: Mapping[Any, Any] | None = None
 ) -> None:
     """One step of nBAR, in place, on factors that hold the gradients of this step.
 
     Args:
         pairs: Factors x, y.
-        strength: a * lr, at least 0 and below 1.
+        amount: a * lr, at least 0 and below 1.
         state: Of the optimizer; an fp32 master of a low-precision factor is scaled too.
     """
     for x, y in pairs:
@@ -84,7 +84,7 @@ def balance_(
             continue
         is_first = bool(torch.linalg.vector_norm(x.grad) >= torch.linalg.vector_norm(y.grad))
         up, down = (x, y) if is_first else (y, x)
-        for tensor, factor in ((up, 1 + strength), (down, 1 - strength)):
+        for tensor, factor in ((up, 1 + amount), (down, 1 - amount)):
             tensor.mul_(factor)
             if state is not None and "ham_master" in state.get(tensor, {}):
                 state[tensor]["ham_master"].mul_(factor)

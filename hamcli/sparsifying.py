@@ -304,7 +304,7 @@ class Sparsification:
             alpha=section.ham.alpha,
             beta=section.ham.beta,
             scaling=section.ham.scaling,
-            strength=section.ham.strength,
+            eta=section.ham.eta,
             clamp=section.ham.clamp,
             backend=section.ham.backend,
         )

@@ -1,12 +1,12 @@
 """How strong the mirror step of a group is: its options, its alpha as found, its decay.
 
-`alpha`, `scaling` and `strength` say:
+`alpha`, `scaling` and `eta` say:
 
     raw         alpha as given: the paper's rule
-    calibrated  alpha = strength / (lr_peak * mean|g|), one number for all groups: at the peak
-                learning rate the mean |exponent| is `strength`, on every model. The mean runs over
+    calibrated  alpha = eta / (lr_peak * mean|g|), one number for all groups: at the peak
+                learning rate the mean |exponent| is `eta`, on every model. The mean runs over
                 the first ten steps, each of which uses the mean so far, and is then frozen
-    normalised  alpha = strength / (lr_peak * rms(g)) for each tensor, anew on every step. Ours,
+    normalised  alpha = eta / (lr_peak * rms(g)) for each tensor, anew on every step. Ours,
                 not the paper's
 
 In fp32 a decay of lr * beta = 1e-8 a step is below the last digit of every weight, and would be
@@ -29,13 +29,13 @@ from torch import Tensor
 ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
 BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
 CLAMPS = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
-STRENGTHS = {"calibrated": 0.004, "normalised": 0.008}
+ETAS = {"calibrated": 0.004, "normalised": 0.008}
 CALIBRATION_STEPS = 10
 
 
 def choose_automatic_scaling() -> tuple[Literal["calibrated", "normalised"], float]:
-    """What `scaling="auto"` means where alpha is not given: a scaling and its strength."""
-    return "calibrated", 0.004
+    """What `scaling="auto"` means where alpha is not given: a scaling and its eta."""
+    return "calibrated", ETAS["calibrated"]
 
 
 def require(holds: bool, what: str) -> None:
@@ -51,19 +51,19 @@ def settle(group: dict[str, Any]) -> None:
     if alpha != "auto":
         require(
             scaling in ("auto", "raw") or alpha == 0,
-            f"alpha is {alpha}, but scaling {scaling} finds its own: give strength instead",
+            f"alpha is {alpha}, but scaling {scaling} finds its own: give eta instead",
         )
         scaling = "raw"
     elif scaling == "auto":
-        scaling, strength = choose_automatic_scaling()
-        group["strength"] = strength if group["strength"] is None else group["strength"]
+        scaling, eta = choose_automatic_scaling()
+        group["eta"] = eta if group["eta"] is None else group["eta"]
     elif scaling == "raw":
         group["alpha"] = ALPHA_PUBLISHED
     group["scaling"] = scaling
     group["beta"] = BETA_PUBLISHED if group["beta"] == "auto" else group["beta"]
     group["clamp"] = CLAMPS[scaling] if group["clamp"] is None else group["clamp"]
-    if group["strength"] is None:
-        group["strength"] = STRENGTHS.get(scaling)
+    if group["eta"] is None:
+        group["eta"] = ETAS.get(scaling)
     group.setdefault("lr_peak", float(group["lr"]))
     _check(group)
     for key, start in (
@@ -79,7 +79,7 @@ def settle(group: dict[str, Any]) -> None:
 def _check(group: Mapping[str, Any]) -> None:
     """Refuse what is out of range, NaN among it."""
     at_least_0 = ["lr", "lr_peak", "weight_decay", "eps", "momentum", "beta"]
-    at_least_0.append("alpha" if group["scaling"] == "raw" else "strength")
+    at_least_0.append("alpha" if group["scaling"] == "raw" else "eta")
     for name in at_least_0:
         require(0 <= group[name] < math.inf, f"{name} is {group[name]}: 0 or more is needed")
     require(
@@ -135,7 +135,7 @@ def alpha_now(group: Mapping[str, Any]) -> float | None:
         return None
     scale = group["lr_peak"] * group["ham_grad_mean"]
     # with no gradient seen there is nothing to scale by, and nothing to do
-    return float(group["ham_alpha_factor"] * group["strength"] / scale) if scale > 0 else 0.0
+    return float(group["ham_alpha_factor"] * group["eta"] / scale) if scale > 0 else 0.0
 
 
 def scaled_alphas(
@@ -146,9 +146,9 @@ def scaled_alphas(
     alpha = alpha_now(group)
     if alpha is not None:
         return [lr * alpha] * len(norms)
-    eta = group["strength"] * lr / group["lr_peak"] if group["lr_peak"] > 0 else 0.0
+    now = group["eta"] * lr / group["lr_peak"] if group["lr_peak"] > 0 else 0.0
     return [
-        eta / math.sqrt(squares / count) if 0 < squares < math.inf else 0.0
+        now / math.sqrt(squares / count) if 0 < squares < math.inf else 0.0
         for _, squares, count in norms
     ]
 

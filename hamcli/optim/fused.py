@@ -55,16 +55,16 @@ def adam_ham_(
     }
     for at, is_native in sort_out(params, grads, rounded):
         rows = [pick(row, at) for row in (params, grads, exp_avgs, exp_avg_sqs, masks, rounded)]
-        counts, strengths = pick(steps, at), pick(a, at)
+        counts, pulls = pick(steps, at), pick(a, at)
         if not is_native:
             w, g, m, v, mask, low = rows
-            cpu.adam_ham_(w, g, m, v, counts, masks=mask, rounded=low, a=strengths, **numbers)
+            cpu.adam_ham_(w, g, m, v, counts, masks=mask, rounded=low, a=pulls, **numbers)
             continue
         copies: Copies = []
         w, g, m, v, mask, low = lay_flat(rows, (0, 2, 3, 5), copies)
         extension = operators()
         assert extension is not None
-        extension.adam_ham_(w, g, m, v, counts, mask, low, strengths, **numbers)
+        extension.adam_ham_(w, g, m, v, counts, mask, low, pulls, **numbers)
         put_back(copies)
 
 
@@ -98,16 +98,16 @@ def sgd_ham_(
     }
     for at, is_native in sort_out(params, grads, rounded):
         rows = [pick(row, at) for row in (params, grads, momentum_buffers, masks, rounded)]
-        strengths = pick(a, at)
+        pulls = pick(a, at)
         if not is_native:
             w, g, m, mask, low = rows
-            cpu.sgd_ham_(w, g, m, masks=mask, rounded=low, a=strengths, **numbers)
+            cpu.sgd_ham_(w, g, m, masks=mask, rounded=low, a=pulls, **numbers)
             continue
         copies: Copies = []
         w, g, m, mask, low = lay_flat(rows, (0, 2, 4), copies)
         extension = operators()
         assert extension is not None
-        extension.sgd_ham_(w, g, m, mask, low, strengths, **numbers)
+        extension.sgd_ham_(w, g, m, mask, low, pulls, **numbers)
         put_back(copies)
 
 

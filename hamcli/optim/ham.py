@@ -84,10 +84,10 @@ class HAM(torch.optim.Optimizer):
 
     Args:
         params: Parameters, or groups. Those with two or more dimensions are mirrored, unless the
-            group says `mirror=False`. A group may have its own alpha, beta, scaling, strength,
+            group says `mirror=False`. A group may have its own alpha, beta, scaling, eta,
             clamp and lr_peak, and its own arguments of the base optimizer.
         base: The base optimizer. Its arguments default as torch's own.
-        lr: Learning rate. At construction also `lr_peak`, the learning rate that `strength` refers
+        lr: Learning rate. At construction also `lr_peak`, the learning rate that `eta` refers
             to, unless the group gives it.
         weight_decay: Decoupled for adamw, else added to the gradient; None for torch's default.
         betas: Of adamw and adam.
@@ -98,7 +98,7 @@ class HAM(torch.optim.Optimizer):
         beta: Pull towards zero, 0 or more; "auto" is 1e-3.
         scaling: See the module. "auto" is raw where alpha is a number, else
             `choose_automatic_scaling`.
-        strength: Mean |exponent| of a step at `lr_peak`, about; None for the scaling's own.
+        eta: Mean |exponent| of a step at `lr_peak`, about; None for the scaling's own.
         clamp: Greatest |exponent|; None for 5 when raw, else 0.1.
         backend: Which form of the step runs: "cpu", "gpu", the slow "rule", or what suits the
             device of each parameter. On a CPU the C++ extension; without a compiler numba, if it
@@ -125,7 +125,7 @@ class HAM(torch.optim.Optimizer):
         alpha: float | Literal["auto"] = "auto",
         beta: float | Literal["auto"] = "auto",
         scaling: Scaling = "auto",
-        strength: float | None = None,
+        eta: float | None = None,
         clamp: float | None = None,
         backend: Backend = "auto",
     ) -> None:
@@ -142,7 +142,7 @@ class HAM(torch.optim.Optimizer):
             "alpha": alpha,
             "beta": beta,
             "scaling": scaling,
-            "strength": strength,
+            "eta": eta,
             "clamp": clamp,
             "mirror": True,
             "base": base,

@@ -120,11 +120,11 @@ def adam_ham_(
     }
     for at, is_taken in sort_out(params, grads, rounded):
         rows = [pick(row, at) for row in (params, grads, exp_avgs, exp_avg_sqs, masks, rounded)]
-        counts, strengths = pick(steps, at), pick(a, at)
+        counts, pulls = pick(steps, at), pick(a, at)
         if not is_taken:
             w, g, m, v, mask, low = rows
             cpu.adam_ham_(
-                w, g, m, v, counts, masks=mask, rounded=low, a=strengths, b=b, clamp=clamp, lr=lr,
+                w, g, m, v, counts, masks=mask, rounded=low, a=pulls, b=b, clamp=clamp, lr=lr,
                 beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay, decoupled=decoupled,
                 sums=sums,
             )  # fmt: skip
@@ -135,7 +135,7 @@ def adam_ham_(
             loop.CORRECTION: [math.sqrt(1 - beta2**count) for count in done],
         }
         kind = {"base": loop.ADAMW if decoupled else loop.ADAM, "is_near": is_near}
-        _step_(rows, (0, 2, 3, 5), {**common, **own}, (strengths, b, clamp), kind, sums)
+        _step_(rows, (0, 2, 3, 5), {**common, **own}, (pulls, b, clamp), kind, sums)
 
 
 def sgd_ham_(
@@ -165,17 +165,17 @@ def sgd_ham_(
     numbers = {loop.DECAY: weight_decay, loop.MOMENTUM: momentum, loop.LR: lr}
     for at, is_taken in sort_out(params, grads, rounded):
         rows = [pick(row, at) for row in (params, grads, momentum_buffers, masks, rounded)]
-        strengths = pick(a, at)
+        pulls = pick(a, at)
         if not is_taken:
             w, g, m, mask, low = rows
             cpu.sgd_ham_(
-                w, g, m, masks=mask, rounded=low, a=strengths, b=b, clamp=clamp, lr=lr,
+                w, g, m, masks=mask, rounded=low, a=pulls, b=b, clamp=clamp, lr=lr,
                 momentum=momentum, nesterov=nesterov, weight_decay=weight_decay,
                 is_first_step=is_first_step, sums=sums,
             )  # fmt: skip
             continue
         rows.insert(loop.V, [None] * len(at))
-        _step_(rows, (0, 2, 5), numbers, (strengths, b, clamp), kind, sums)
+        _step_(rows, (0, 2, 5), numbers, (pulls, b, clamp), kind, sums)
 
 
 def _step_(

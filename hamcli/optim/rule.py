@@ -10,8 +10,8 @@ in this order, with
     g      gradient at the weights before the base step, clipped or not: what the base step saw,
            without its weight decay
     lr     learning rate of this step
-    alpha  strength of the pull along the gradient, relative to |w|
-    beta   strength of the pull towards zero
+    alpha  weight of the pull along the gradient, relative to |w|
+    beta   weight of the pull towards zero
     a, b   lr * alpha and lr * beta: all that the inner forms know of the three
 
 Hyperbolic Aware Minimization, Jacobs et al., ICLR 2026 (arXiv 2506.02630). Where we differ: the

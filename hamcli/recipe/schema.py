@@ -114,7 +114,7 @@ class Ham(Section):
     scaling: Literal["auto", "raw", "calibrated", "normalised"] = Field(
         "auto", description="how alpha is found: as given, by calibration, per tensor and step"
     )
-    strength: Positive | None = Field(
+    eta: Positive | None = Field(
         None, description="mean exponent a step at peak lr that auto scaling aims at"
     )
     clamp: Positive | None = Field(None, description="limit of the exponent; null = by scaling")

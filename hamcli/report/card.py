@@ -236,7 +236,7 @@ def _ham_words(report: Report) -> str:
     assert training.ham is not None
     ham = training.ham
     words = [f"{_text(wording.name(ham.scaling, 40))} scaling"]
-    for label, value in (("alpha", ham.alpha), ("beta", ham.beta), ("strength", ham.strength)):
+    for label, value in (("alpha", ham.alpha), ("beta", ham.beta), ("eta", ham.eta)):
         if value is not None:
             words.append(f"{label} {wording.number(value)}")
     if training.ham_moved_fraction is not None:

@@ -150,7 +150,7 @@ def relation(
     ys = [y for y in ends if _drawable(y, log_y)] + ([level[0]] if level is not None else [])
     y_ticks = log_ticks(min(ys), max(ys)) if log_y else round_ticks(min(ys), max(ys), 5)
     x_range = decades(min(xs), max(xs)) if log_x else _with_margin(min(xs), max(xs), margin)
-    x_ticks = log_ticks(*x_range, 8) if log_x else round_ticks(min(xs), max(xs), 5, inside=True)
+    x_ticks = log_ticks(*x_range, 8) if log_x else _ticks_of(xs)
     frame = Frame(
         NARROW,
         280,
@@ -180,6 +180,12 @@ def relation(
         if one.marked or one.hollow:
             parts += [_mark(frame, one, x, y, spread, x_label) for x, y, spread in points]
     return svg(frame.width, frame.height, label, parts)
+
+
+def _ticks_of(xs: Sequence[float]) -> list[float]:
+    """The value itself where there is one only; else round numbers among them."""
+    alone = len(set(xs)) == 1
+    return [xs[0]] if alone else round_ticks(min(xs), max(xs), 5, inside=True)
 
 
 def _with_margin(low: float, high: float, margin: float) -> tuple[float, float]:

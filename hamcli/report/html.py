@@ -224,7 +224,7 @@ def _training_facts(training: TrainingRecord) -> list[tuple[str, str]]:
     ham = training.ham
     facts.append(("HAM scaling", wording.name(ham.scaling, 40)))
     for label, value in (
-        ("strength", ham.strength),
+        ("eta", ham.eta),
         ("alpha", ham.alpha),
         ("beta", ham.beta),
         ("clamp", ham.clamp),

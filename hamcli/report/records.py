@@ -271,7 +271,7 @@ class HamRecord:
 
     Args:
         scaling: `"raw"`, `"calibrated"` or `"normalised"`.
-        strength: Size asked of the exponent where the scaling has one.
+        eta: Size asked of the exponent where the scaling has one.
         alpha: Strength of the gradient term; None where it differs between groups.
         beta: Strength of the decay term.
         clamp: Largest exponent allowed.
@@ -282,7 +282,7 @@ class HamRecord:
     """
 
     scaling: str
-    strength: float | None = None
+    eta: float | None = None
     alpha: float | None = None
     beta: float | None = None
     clamp: float | None = None

@@ -91,10 +91,10 @@ def descend(
                 break
             curvature, direction = _curvature(inputs, turned, speed, direction)
             slow = stability / (curvature + beta)
-        strength = alpha * float(grad.abs().max())
+        pull = alpha * float(grad.abs().max())
         param.grad = grad[None]
         for group in optimizer.param_groups:
-            group["lr"] = min(slow, exponent_limit / strength) if strength > 0 else slow
+            group["lr"] = min(slow, exponent_limit / pull) if pull > 0 else slow
         optimizer.step()
     return Trail(weights.numpy().copy(), tuple(steps), tuple(points))
 

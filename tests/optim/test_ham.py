@@ -143,7 +143,7 @@ def test_what_shakes_the_decay_cancels_in_its_sum():
 
 def test_calibration_finds_the_exponent_asked_for():
     model = network()
-    optimizer = make(model.parameters(), "sgd", scaling="calibrated", strength=0.02, beta=0.0)
+    optimizer = make(model.parameters(), "sgd", scaling="calibrated", eta=0.02, beta=0.0)
     run(model, optimizer, 12)
     optimizer.measure_next_step()
     run(model, optimizer, 1, first=12)
@@ -168,7 +168,7 @@ def test_calibration_refers_to_the_peak_learning_rate():
 
 def test_calibration_ends_after_ten_steps():
     model = network()
-    optimizer = make(model.parameters(), strength=1e-6)
+    optimizer = make(model.parameters(), eta=1e-6)
     run(model, optimizer, 10)
     mean = optimizer.param_groups[0]["ham_grad_mean"]
     run(model, optimizer, 5, scale=1.0)
@@ -177,7 +177,7 @@ def test_calibration_ends_after_ten_steps():
 
 def test_a_group_added_later_calibrates_alone():
     model, late = network(), nn.Parameter(normal(5, 5, seed=0))
-    optimizer = make(model.parameters(), strength=1e-6)
+    optimizer = make(model.parameters(), eta=1e-6)
     run(model, optimizer, 10)
     mean = optimizer.param_groups[0]["ham_grad_mean"]
     optimizer.add_param_group({"params": [late]})
@@ -195,7 +195,7 @@ def test_gradients_of_zero_do_not_calibrate():
 
 def test_the_guard_halves_alpha_when_exponents_are_large():
     model = network()
-    optimizer = make(model.parameters(), "sgd", lr=1e-3, scaling="calibrated", strength=0.02)
+    optimizer = make(model.parameters(), "sgd", lr=1e-3, scaling="calibrated", eta=0.02)
     run(model, optimizer, GUARD_EVERY)
     assert optimizer.exponent_statistics().guard_events == 0
     run(model, optimizer, GUARD_EVERY, scale=1.0)
@@ -228,7 +228,7 @@ def test_a_scaled_gradient_leaves_the_normalised_mirror_step_unchanged():
 @pytest.mark.parametrize("dropped", [0.0, 0.5])
 def test_normalised_exponents_are_over_the_root_mean_square_of_what_is_kept(dropped):
     w = nn.Parameter(torch.full((40, 50), 0.5))
-    optimizer = HAM([w], base="sgd", lr=1e-30, scaling="normalised", strength=0.01, beta=0.0)
+    optimizer = HAM([w], base="sgd", lr=1e-30, scaling="normalised", eta=0.01, beta=0.0)
     mask = torch.arange(2_000).reshape(40, 50) >= 2_000 * dropped
     optimizer.set_masks({w: mask})
     w.grad = torch.where(mask, normal(40, 50, seed=0), 1e6)
@@ -460,7 +460,7 @@ def test_a_missing_gradient_leaves_its_weight_alone():
 def test_splitting_groups_changes_nothing(scaling):
     one, two = network(), network()
     # strong enough that the guard acts
-    options = {"scaling": scaling} if scaling == "raw" else {"scaling": scaling, "strength": 0.09}
+    options = {"scaling": scaling} if scaling == "raw" else {"scaling": scaling, "eta": 0.09}
     run(one, make(one.parameters(), **options), 25)
     run(two, make([{"params": [p]} for p in two.parameters()], **options), 25)
     assert torch.equal(weights(one), weights(two))
@@ -552,7 +552,7 @@ def test_complex_parameters_are_refused():
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"clamp": 0.0}, "clamp"),
         ({"scaling": "rawr"}, "scaling"),
-        ({"strength": -0.1}, "strength"),
+        ({"eta": -0.1}, "eta"),
         ({"base": "lion"}, "base"),
         ({"backend": "tpu"}, "backend"),
         ({"alpha": 3.0, "scaling": "normalised"}, "alpha"),

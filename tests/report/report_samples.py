@@ -229,7 +229,7 @@ def report(
             curves=Curves.from_rows(list(history(steps, target))),
             ham=HamRecord(
                 scaling="normalised",
-                strength=0.002,
+                eta=0.002,
                 beta=1e-3,
                 clamp=0.1,
                 exponent_mean=3.4e-5,

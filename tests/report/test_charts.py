@@ -214,8 +214,12 @@ def test_error_bars_reach_as_far_as_they_say_and_widen_the_axis():
     assert dots[2][0] == pytest.approx(56 + inner / 12, abs=0.02)  # a tenth of the range beside it
 
 
-def test_a_relation_of_one_x_stands_in_the_middle():
-    data = charts.Points("m", [90.0], [0.5], "m0", marked=True)
+def test_a_relation_of_one_x_stands_in_the_middle_and_names_it():
+    data = charts.Points("m", [98.0, 98.0], [0.5, 0.6], "m0", marked=True)
     drawn = charts.relation([data], label="x", x_label="s")
-    (dot,) = shapes(drawn, "circle", "dot")
-    assert float(dot.get("cx")) == pytest.approx((56 + axes.NARROW - 18) / 2, abs=0.02)
+    (dot, _) = shapes(drawn, "circle", "dot")
+    middle = (56 + axes.NARROW - 18) / 2
+    assert float(dot.get("cx")) == pytest.approx(middle, abs=0.02)
+    (tick,) = [one for one in shapes(drawn, "text", "tick") if "middle" in one.get("class")]
+    assert tick.text == "98"
+    assert float(tick.get("x")) == pytest.approx(middle, abs=0.02)
