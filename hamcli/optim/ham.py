@@ -25,6 +25,7 @@ from hamcli.optim.exponents import (
     scaled_alphas,
     settle,
 )
+from hamcli.optim.sharded import local, of_all_shards, over_shards
 
 WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
 BACKENDS = ("auto", "rule", "cpu", "gpu")
@@ -230,16 +231,16 @@ class HAM(torch.optim.Optimizer):
             is_first = self._base == "sgd" and "momentum_buffer" not in state
             self._make_state(group, param, state)
             is_mirrored = mirrors(group, param)
-            weight = _local(state.get("ham_master", param)).detach()
+            weight = local(state.get("ham_master", param)).detach()
             key = (is_mirrored, is_first, weight.dtype, weight.device)
             if key not in batches:
                 batches[key] = _Batch(is_mirrored, is_first, self._backend_for(weight))
             batch = batches[key]
             batch.params.append(param)
             batch.weights.append(weight)
-            batch.grads.append(_local(param.grad))
-            batch.masks.append(_local(state["ham_mask"]) if "ham_mask" in state else None)
-            batch.rounded.append(_local(param).detach() if "ham_master" in state else None)
+            batch.grads.append(local(param.grad))
+            batch.masks.append(local(state["ham_mask"]) if "ham_mask" in state else None)
+            batch.rounded.append(local(param).detach() if "ham_master" in state else None)
             batch.states.append(state)
         return list(batches.values())
 
@@ -298,7 +299,7 @@ class HAM(torch.optim.Optimizer):
             batch.backend.sgd_ham_(
                 batch.weights,
                 batch.grads,
-                [None if buffer is None else _local(buffer) for buffer in buffers],
+                [None if buffer is None else local(buffer) for buffer in buffers],
                 momentum=group["momentum"],
                 nesterov=group["nesterov"],
                 is_first_step=batch.is_first_step,
@@ -311,8 +312,8 @@ class HAM(torch.optim.Optimizer):
         batch.backend.adam_ham_(
             batch.weights,
             batch.grads,
-            [_local(state["exp_avg"]) for state in batch.states],
-            [_local(state["exp_avg_sq"]) for state in batch.states],
+            [local(state["exp_avg"]) for state in batch.states],
+            [local(state["exp_avg_sq"]) for state in batch.states],
             [state["step"] for state in batch.states],
             beta1=beta1,
             beta2=beta2,
@@ -346,7 +347,7 @@ class HAM(torch.optim.Optimizer):
         """The statistics of the step just done; then the guard acts, for the next one."""
         groups = self.param_groups
         params = [param for group in groups for param in group["params"]]
-        found = [of_group.tolist() for of_group in _of_all_shards(sums, params)]
+        found = [of_group.tolist() for of_group in of_all_shards(sums, params)]
         alphas = {alpha_now(group) for group in groups if has_mirrored(group)}
         guarded = [f for f, group in zip(found, groups, strict=True) if is_guarded(group)]
         size = sum(f[0] for f in guarded) / max(sum(f[3] for f in guarded), 1)
@@ -385,7 +386,7 @@ class HAM(torch.optim.Optimizer):
             require(param in ours, "a mask names a parameter that this optimizer does not hold")
             if mask is not None:
                 require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
-                mask, held = _local(mask), _local(param)
+                mask, held = local(mask), local(param)
                 require(
                     mask.shape == held.shape,
                     f"a mask has shape {tuple(mask.shape)}, its parameter {tuple(held.shape)}",
@@ -397,7 +398,7 @@ class HAM(torch.optim.Optimizer):
                 continue
             # in the memory order of the weights, so that no step has to turn it
             state["ham_mask"] = torch.empty_like(param, dtype=torch.bool)
-            _local(state["ham_mask"]).copy_(_local(mask))
+            local(state["ham_mask"]).copy_(local(mask))
             _mask_(param, state)
 
     def masks(self) -> dict[Tensor, Tensor]:
@@ -477,9 +478,9 @@ def ham_step_(
     triples = zip(params, grads, masks or [None] * len(params), strict=True)
     for param, grad, mask in triples:
         cpu.mirror_(
-            [_local(param).detach()],
-            [_local(param if grad is None else grad).detach()],
-            masks=[None if mask is None else _local(mask)],
+            [local(param).detach()],
+            [local(param if grad is None else grad).detach()],
+            masks=[None if mask is None else local(mask)],
             a=[0.0 if grad is None else lr * alpha],
             b=0.0 if grad is None else lr * beta,
             clamp=clamp,
@@ -495,7 +496,7 @@ def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, 
         return [(0.0, 0.0, 0)] * len(batch.params)
     kept_norms = fused.kept_norms if batch.backend is fused else cpu.kept_norms
     here = kept_norms(batch.grads, batch.masks)
-    return [_over_shards(norms, param) for norms, param in zip(here, batch.params, strict=True)]
+    return [over_shards(norms, param) for norms, param in zip(here, batch.params, strict=True)]
 
 
 def _no_sums() -> Tensor:
@@ -506,51 +507,11 @@ def _mask_(param: Tensor, state: Mapping[str, Any]) -> None:
     """Zero what the mask drops in the weights, their master and their momentum."""
     for tensor in (param, *(state.get(k) for k in ("ham_master", "exp_avg", "momentum_buffer"))):
         if tensor is not None:
-            held = _local(tensor).detach()
-            cpu.mirror_(
-                [held], [held], masks=[_local(state["ham_mask"])], a=[0.0], b=0.0, clamp=1.0
-            )
+            held = local(tensor).detach()
+            cpu.mirror_([held], [held], masks=[local(state["ham_mask"])], a=[0.0], b=0.0, clamp=1.0)
 
 
 def _placed(key: str, value: Tensor, param: Tensor) -> Tensor:
     """A saved tensor as the running optimizer holds it: copied, in its dtype and memory order."""
     dtype = torch.promote_types(param.dtype, torch.float32)
     return torch.empty_like(param, dtype=torch.bool if key == "ham_mask" else dtype).copy_(value)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """The part of a distributed tensor that lies here; any other tensor itself."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-def _of_all_shards(sums: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tensor]:
-    """What was measured here and in the processes that hold the other shards; all act alike."""
-    sharded = next((param for param in params if hasattr(param, "to_local")), None)
-    if sharded is None:
-        return list(sums)
-    import torch.distributed as dist
-    from torch.distributed.tensor import DTensor
-
-    assert isinstance(sharded, DTensor)
-    mesh = sharded.device_mesh
-    added = torch.stack(list(sums)).to(_local(sharded).device)
-    greatest = added[:, -1].clone()
-    for axis, place in enumerate(sharded.placements):
-        if place.is_shard():
-            dist.all_reduce(added, group=mesh.get_group(axis))
-            dist.all_reduce(greatest, op=dist.ReduceOp.MAX, group=mesh.get_group(axis))
-    added[:, -1] = greatest
-    return list(added)
-
-
-def _over_shards(norms: tuple[float, float, int], param: Tensor) -> tuple[float, float, int]:
-    """Sums over all shards of a distributed parameter; of any other, as they are."""
-    if not hasattr(param, "to_local"):
-        return norms
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    assert isinstance(param, DTensor)
-    placements = [Partial() if place.is_shard() else Replicate() for place in param.placements]
-    here = torch.tensor(norms, dtype=torch.float64, device=_local(param).device)
-    total = DTensor.from_local(here, param.device_mesh, placements).full_tensor().tolist()
-    return total[0], total[1], int(total[2])

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from hamcli.optim import sharded
 from hamcli.parallel.world import World
 from hamcli.sparsity.targets import Part, Target, Targets
 
@@ -91,8 +92,7 @@ def fill_(teacher: nn.Module, model: nn.Module) -> None:
 
 def local(tensor: Tensor) -> Tensor:
     """The rows that lie here, in the same memory, outside of autograd; a plain tensor itself."""
-    held = tensor.detach()
-    return held.to_local() if _is_cut(held) else held  # type: ignore[attr-defined]  # a DTensor
+    return sharded.local(tensor.detach())
 
 
 def _is_cut(tensor: Tensor) -> bool:

@@ -1,12 +1,8 @@
 """The Triton kernel: on a GPU where there is one, else in Triton's interpreter, on a CPU."""
 
 import importlib.util
-import os
 import subprocess
 import sys
-import warnings
-from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,11 +10,17 @@ import torch
 from torch import Tensor
 
 from hamcli.optim import cpu, gpu, rule
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    # Triton reads it when it is imported, which something else may cause once tests run
-    os.environ["TRITON_INTERPRET"] = "1"
+from tests.optim.lists import (
+    BASES,
+    DEVICE,
+    assert_same_bits,
+    bits,
+    by_rule,
+    copy,
+    make_lists,
+    part,
+    ulps,
+)
 
 pytestmark = [
     pytest.mark.skipif(
@@ -27,131 +29,10 @@ pytestmark = [
     # the interpreter is NumPy, which warns of NaN and infinity where a GPU computes
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
 ]
-BASES = ("adamw", "adam", "sgd", "momentum", "nesterov")
 OUTLIER_ULPS = 4
 OUTLIER_RATE = 1e-4
 # On a GPU torch's own fused Adam is that far from float64 after five steps, in learning rates.
 TORCH_ERROR = 1e-4 if DEVICE == "cuda" else 0.0
-
-
-@dataclass
-class Lists:
-    """The weights of a run under way, and what belongs to them."""
-
-    weights: list[Tensor]
-    grads: list[Tensor]
-    m: list[Tensor]
-    v: list[Tensor]
-    steps: list[Tensor]
-    masks: list[Tensor | None]
-    rounded: list[Tensor | None]
-
-    def step_(self, base: str, *, module: Any = gpu, **options: Any) -> None:
-        """One step by a backend; `options` replace the defaults."""
-        chosen = {"a": 0.02, "b": 1e-7, "clamp": 5.0, "lr": 1e-4, "weight_decay": 1e-2}
-        chosen |= {"masks": self.masks, "rounded": self.rounded} | options
-        for step in self.steps:
-            step += 1
-        if base in ("adamw", "adam"):
-            betas = {"beta1": 0.9, "beta2": 0.999, "eps": 1e-8} | {"decoupled": base == "adamw"}
-            module.adam_ham_(
-                self.weights, self.grads, self.m, self.v, self.steps, **(betas | chosen)
-            )
-            return
-        has_momentum = base != "sgd"
-        if chosen.get("seed") is not None:
-            chosen["steps"] = self.steps
-        momentum = {"momentum": 0.9 * has_momentum, "nesterov": base == "nesterov"}
-        buffers = self.m if has_momentum else [None] * len(self.m)
-        module.sgd_ham_(
-            self.weights,
-            self.grads,
-            buffers,
-            **({"is_first_step": False} | momentum | chosen),
-        )
-
-
-def make_lists(*sizes: int, seed: int = 0, step: int = 10, grad_size: float = 1e-3) -> Lists:
-    """Weights of a trained net's size, moments as after some steps."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def normal(size: int, scale: float) -> Tensor:
-        return (torch.randn(size, generator=generator) * scale).to(DEVICE)
-
-    return Lists(
-        [normal(size, 0.04) for size in sizes],
-        [normal(size, grad_size) for size in sizes],
-        [normal(size, 0.3 * grad_size) for size in sizes],
-        [normal(size, grad_size) ** 2 for size in sizes],
-        [torch.tensor(float(step), device=DEVICE) for _ in sizes],
-        [None] * len(sizes),
-        [None] * len(sizes),
-    )
-
-
-def copy(lists: Lists) -> Lists:
-    def cloned(tensors: list[Any]) -> list[Any]:
-        return [None if tensor is None else tensor.clone() for tensor in tensors]
-
-    return Lists(
-        cloned(lists.weights),
-        cloned(lists.grads),
-        cloned(lists.m),
-        cloned(lists.v),
-        cloned(lists.steps),
-        cloned(lists.masks),
-        cloned(lists.rounded),
-    )
-
-
-def part(lists: Lists, i: int) -> Lists:
-    """The lists with their `i`th weight alone."""
-    return Lists(
-        [lists.weights[i]],
-        [lists.grads[i]],
-        [lists.m[i]],
-        [lists.v[i]],
-        [lists.steps[i]],
-        [lists.masks[i]],
-        [lists.rounded[i]],
-    )
-
-
-def by_rule(lists: Lists, base: str, *, dtype: torch.dtype, lr: float, a: float, b: float) -> None:
-    """The same step as `Lists.step_` takes by default, by the rule in `dtype`, one tensor."""
-    w, g, m, v = (t[0].to(dtype) for t in (lists.weights, lists.grads, lists.m, lists.v))
-    lists.steps[0] += 1
-    if base in ("adamw", "adam"):
-        w, m, v = rule.adam_step(
-            w, g, m, v, step=int(lists.steps[0]), lr=lr, beta1=0.9, beta2=0.999, eps=1e-8,
-            weight_decay=1e-2, decoupled=base == "adamw",
-        )  # fmt: skip
-    else:
-        momentum = 0.0 if base == "sgd" else 0.9
-        w, buffer = rule.sgd_step(
-            w, g, m, lr=lr, momentum=momentum, nesterov=base == "nesterov", weight_decay=1e-2
-        )
-        m = m if buffer is None else buffer
-    w = rule.multiply(w, rule.exponent(w, g, a=a, b=b, clamp=5.0))
-    lists.weights, lists.m, lists.v = [w], [m], [v]
-
-
-def ulps(found: Tensor, exact: Tensor) -> Tensor:
-    """Distance in units in the last place that fp32 has at `exact`, a float64 tensor."""
-    exponents = torch.frexp(exact.float()).exponent.double()
-    return (found.double() - exact).abs() / torch.pow(2.0, exponents - 24)
-
-
-def bits(tensor: Tensor) -> Tensor:
-    return tensor.view(torch.int32 if tensor.dtype == torch.float32 else torch.int16)
-
-
-def assert_same_bits(found: Lists, expected: Lists) -> None:
-    for name in ("weights", "m", "v", "rounded"):
-        for one, other in zip(getattr(found, name), getattr(expected, name), strict=True):
-            assert (one is None) == (other is None)
-            if one is not None:
-                assert torch.equal(bits(one), bits(other)), name
 
 
 # --- the numbers
@@ -501,124 +382,3 @@ def test_a_weight_of_float64_or_with_gaps_is_not_taken() -> None:
     assert gpu.is_usable(torch.zeros(3, 4, device=DEVICE).t())
     assert not gpu.is_usable(torch.zeros(3, 4, device=DEVICE)[:, ::2])
     assert not gpu.is_usable(torch.zeros(3, 4, device=DEVICE, dtype=torch.float64))
-
-
-# --- what only a GPU can show
-
-
-def big_lists() -> Lists:
-    return make_lists(3_000_000, 1_000_001, 768, 12)
-
-
-def on_side_stream(work: Callable[[], None]) -> None:
-    """Run `work` before a capture, as torch asks for it."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        work()
-    torch.cuda.current_stream().wait_stream(stream)
-
-
-@pytest.mark.gpu
-def test_no_step_waits_for_the_device() -> None:
-    lists = big_lists()
-    lr = torch.tensor(1e-3, device=DEVICE)
-    lists.step_("adamw", lr=lr)
-    warnings.simplefilter("ignore", UserWarning)  # the mode says once that it is a prototype
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        for i in range(5):
-            lists.grads = [grad.clone() for grad in lists.grads]
-            lists.step_("adamw", lr=lr, a=[0.1 * i, 0.2, 0.3, 0.4], b=1e-6 * i)
-            lists.step_("momentum", lr=1e-3 / (i + 1))
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_follows_learning_rate_and_step_count() -> None:
-    lists = big_lists()
-    expected = copy(lists)
-    lr, a = torch.tensor(1e-3, device=DEVICE), torch.tensor([0.1, 0.2, 0.3, 0.4], device=DEVICE)
-    on_side_stream(lambda: copy(lists).step_("adamw", lr=lr, a=a))
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        lists.step_("adamw", lr=lr, a=a)
-    for value in (1e-3, 5e-4, 2e-3):
-        lr.fill_(value)
-        a.mul_(0.5)
-        graph.replay()
-        expected.step_("adamw", lr=value, a=a)
-    assert [float(step) for step in lists.steps] == [13.0] * 4
-    assert_same_bits(lists, expected)
-
-
-@pytest.mark.gpu
-def test_a_whole_training_step_can_be_captured_and_steps_outside_do_not_disturb_it() -> None:
-    torch.manual_seed(0)
-    layer = torch.nn.Linear(64, 64, device=DEVICE)
-    params = list(layer.parameters())
-    batch = torch.randn(8, 64, device=DEVICE)
-    lr = torch.tensor(1e-2, device=DEVICE)
-
-    def lists_of() -> Lists:
-        return Lists(
-            [p.detach() for p in params],
-            [],
-            [torch.zeros_like(p) for p in params],
-            [torch.zeros_like(p) for p in params],
-            [torch.zeros((), device=DEVICE) for _ in params],
-            [None, None],
-            [None, None],
-        )
-
-    def train(lists: Lists) -> None:
-        for param in params:
-            param.grad = None
-        layer(batch).square().mean().backward()
-        lists.grads = [p.grad for p in params if p.grad is not None]
-        lists.step_("adamw", lr=lr)
-
-    begin = [p.detach().clone() for p in params]
-    eager = lists_of()
-    on_side_stream(lambda: train(eager))
-    for _ in range(3):
-        train(eager)
-    wanted = [p.detach().clone() for p in params]
-    captured, other = lists_of(), lists_of()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        train(captured)
-    with torch.no_grad():
-        for param, value in zip(params, begin, strict=True):
-            param.copy_(value)
-    for _ in range(4):
-        graph.replay()
-        kept = [p.detach().clone() for p in params]
-        train(other)
-        with torch.no_grad():
-            for param, value in zip(params, kept, strict=True):
-                param.copy_(value)
-    for param, value in zip(params, wanted, strict=True):
-        assert torch.allclose(param, value, rtol=1e-5, atol=1e-7)
-
-
-@pytest.mark.gpu
-def test_two_runs_are_the_same_bit_for_bit() -> None:
-    one, other = big_lists(), big_lists()
-    for _ in range(5):
-        one.step_("adamw")
-        other.step_("adamw")
-    assert_same_bits(one, other)
-
-
-@pytest.mark.gpu
-def test_a_step_needs_no_memory_of_its_own() -> None:
-    lists = make_lists(30_000_000)
-    lists.step_("adamw")
-    torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    lists.step_("adamw")
-    torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before <= 1 << 20
