@@ -51,7 +51,6 @@ from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
 from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
-from hamcli.sparsity.methods import Sparsifier
 from hamcli.sparsity.score import Score
 from hamcli.sparsity.targets import Targets, select_targets
 from hamcli.speed import Found
@@ -78,7 +77,7 @@ class Trained:
     Attributes:
         objective: What was minimised.
         optimizer: With its last state.
-        sparsifier: With the final masks.
+        course: Its `sparsifier` holds the masks of the level that the model shows.
         dense: Quality of the dense model; None of one with a new head.
         one_shot: Quality of pruning as far without training.
         dense_weights: The targets' weights before, on the CPU.
@@ -87,7 +86,7 @@ class Trained:
 
     objective: Objective
     optimizer: HAM
-    sparsifier: Sparsifier
+    course: Course
     dense: Quality | None
     one_shot: Quality | None
     dense_weights: Sequence[Tensor]
@@ -152,17 +151,15 @@ class Sparsification:
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
-        trained = Trained(
-            objective, optimizer, course.sparsifier, dense, one_shot, dense_weights, seconds
-        )
+        trained = Trained(objective, optimizer, course, dense, one_shot, dense_weights, seconds)
         if self.shards is not None:
             course.finish()
             return self._write_together(self.shards, trained)
-        return None if self.run is None else self._finish(self.run, course, trained)
+        return None if self.run is None else self._finish(self.run, trained)
 
-    def _finish(self, run: RunState, course: Course, trained: Trained) -> Report:
+    def _finish(self, run: RunState, trained: Trained) -> Report:
         """Write the result, or one for each level."""
-        stage, levels = run.stage(), self.recipe.sparsity.levels
+        stage, levels, course = run.stage(), self.recipe.sparsity.levels, trained.course
         if levels is None or not isinstance(course, Levels):
             course.finish()
             report = self._write(stage, self.recipe.sparsity.target, trained)
@@ -501,7 +498,7 @@ class Sparsification:
 
     def _threshold(self, trained: Trained) -> float | None:
         """Largest dense magnitude among what one shot by magnitude dropped; else unknown."""
-        section, masks = self.recipe.sparsity, trained.sparsifier.masks
+        section, masks = self.recipe.sparsity, trained.course.sparsifier.masks
         if section.method != "one-shot" or section.score != "magnitude" or masks is None:
             return None
         largest = greatest_dropped(trained.dense_weights, masks)
@@ -575,7 +572,7 @@ class Sparsification:
         threshold: float | None,
         trained: Trained,
     ) -> Report:
-        section, sparsifier = self.recipe.sparsity, trained.sparsifier
+        section, sparsifier = self.recipe.sparsity, trained.course.sparsifier
         sparsity = outcome.sparsity_record(
             tensors,
             target,
