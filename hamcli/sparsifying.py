@@ -3,6 +3,7 @@
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.changes import Change, change_of, greatest_dropped
 from hamcli.checkpoint.dense import stored_tensors
 from hamcli.data import batch, evaluation_batches
+from hamcli.divergence import refuse_high_loss
 from hamcli.errors import HamError, RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import (
@@ -62,6 +64,7 @@ from hamcli.training import (
     in_cycles,
     make_accelerator,
     make_engine,
+    to_device,
     train,
     warm_up_and_decay,
 )
@@ -145,6 +148,7 @@ class Sparsification:
         dense = self._measure(self.model, teacher) if teacher is not None else None
         self._look_at_inputs()
         one_shot = self._one_shot(teacher)
+        self.empty_loss = self._empty_loss(objective)
         course = self._course()
         self._prepare_step()
         self._stop_here()
@@ -250,7 +254,6 @@ class Sparsification:
         if teacher is None or self.recipe.sparsity.target == 0.0:
             return None
         self.progress.stage("measuring one-shot pruning")
-        kept = [param.detach().clone() for param in self.targets.params]
         section = self.recipe.sparsity
         masks = prune_masks(
             self.targets,
@@ -261,12 +264,32 @@ class Sparsification:
             max_sparsity=section.max_sparsity,
             outliers=self.outliers,
         )
-        apply_masks_(self.targets, masks)
-        quality = self._measure(self.model, teacher)
-        with torch.no_grad():
-            for param, values in zip(self.targets.params, kept, strict=True):
-                param.copy_(values)
-        return quality
+        with self._weights_kept():
+            apply_masks_(self.targets, masks)
+            return self._measure(self.model, teacher)
+
+    @torch.no_grad()
+    def _empty_loss(self, objective: Objective) -> float:
+        """Loss of the first batch with every target zero; the model is left as it was."""
+        whole = batch(self.data, 0, batch_size=self.recipe.training.batch_size, seed=0)
+        part = to_device(part_of(whole, self.world.rank, self.world.size), self.device)
+        self.model.eval()
+        with self._weights_kept():
+            for param in self.targets.params:
+                param.zero_()
+            loss = objective(self.model, part, self.teacher, self._part(whole))
+        return self.world.mean(float(loss))
+
+    @contextmanager
+    def _weights_kept(self) -> Iterator[None]:
+        """Put the targets' weights back at the end."""
+        kept = [param.detach().clone() for param in self.targets.params]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for param, values in zip(self.targets.params, kept, strict=True):
+                    param.copy_(values)
 
     def _course(self) -> Course:
         recipe = self.recipe
@@ -398,6 +421,7 @@ class Sparsification:
                 if stop is not None or is_due or record.step == training.steps:
                     save(self.run, state, self.history, record.step, seconds)
                     stop = stop or self._stop_agreed()  # one that came while saving
+                refuse_high_loss(self.history.records, self.empty_loss)
                 if stop is not None:
                     raise self._stopped(stop)
         finally:

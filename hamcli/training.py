@@ -18,7 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from hamcli.errors import Diverged, ResourceError
+from hamcli.divergence import refuse_non_finite
+from hamcli.errors import ResourceError
 from hamcli.progress import StepRecord
 from hamcli.sharpness import uphill
 
@@ -262,7 +263,7 @@ def train(
         hooks.after_backward(step)
         norm = engine.clip(params, max_grad_norm if max_grad_norm > 0 else math.inf)
         may_skip = getattr(engine.accelerator, "scaler", None) is not None
-        _refuse_divergence(step, loss, norm, engine.model, may_skip=may_skip)
+        refuse_non_finite(step, loss, norm, engine.model, may_skip=may_skip)
         engine.stepper.step()
         measured = hooks.exponents() if hooks.measures(step) else None
         sparsity = hooks.after_step(step)
@@ -328,31 +329,3 @@ def step_seed(seed: int, micro_step: int, rank: int = 0) -> int:
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """The batch with every tensor on `device`."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
-
-
-def _refuse_divergence(
-    step: int, loss: float, norm: float, model: nn.Module, *, may_skip: bool = False
-) -> None:
-    # With a gradient scaler an overflow is expected: the scaler skips the step and scales down.
-    if math.isfinite(loss) and (math.isfinite(norm) or may_skip):
-        return
-    bad = first_non_finite((name, param.grad) for name, param in model.named_parameters())
-    raise Diverged(
-        "E701",
-        "training diverged",
-        f"step {step}",
-        f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        + (f", first non-finite gradient in {bad}" if bad else ""),
-        "a lower optimizer.lr, or optimizer.max_grad_norm above 0",
-    )
-
-
-def first_non_finite(
-    named: Iterator[tuple[str, Tensor | None]] | Sequence[tuple[str, Tensor]],
-) -> str | None:
-    """Name of the first tensor that holds NaN or infinity."""
-    for name, tensor in named:
-        held = getattr(tensor, "to_local", lambda: tensor)()  # noqa: B023 - called at once
-        if held is not None and not bool(torch.isfinite(held).all()):
-            return name
-    return None

@@ -98,7 +98,7 @@ def blind() -> None:
     from hamcli import training
 
     spoil()
-    training._refuse_divergence = lambda *_, **__: None  # type: ignore[assignment]
+    training.refuse_non_finite = lambda *_, **__: None  # type: ignore[assignment]
 
 
 @pytest.mark.nightly
@@ -120,6 +120,42 @@ def test_I2_nan_never_saved(server: Server, tmp_path: Path, figure: Any) -> None
             files += 1
     figure(runs=100, checkpoints=files, values=values, not_finite=bad)
     assert bad == 0
+
+
+# ---- I3 ----
+
+
+def raise_loss() -> None:
+    """In a case: from step AT on the loss is RAISE times what it is."""
+    from hamcli import training
+
+    whole = training._accumulate
+
+    def accumulate(engine: Any, hooks: Any, step: int, *args: Any) -> float:
+        return whole(engine, hooks, step, *args) * (float(os.environ["RAISE"]) if step >= AT else 1)
+
+    training._accumulate = accumulate  # type: ignore[assignment]
+
+
+@pytest.mark.slow
+def test_I3_divergence_limit(server: Server, tmp_path: Path) -> None:
+    """A finite loss far above that of a model without weights ends the run in its 20th step."""
+    out, hook = tmp_path / "out", f"{HERE}:raise_loss"
+    job = [*long_job(server, out), "--set", "training.steps=30"]
+    end = AT + 20 - 1
+    done = server.run(job, before=hook, env={"RAISE": "1e6"})
+    assert_clean_error(done, 7, f"E703.*steps {AT} to {end}.*every target weight zero")
+    assert judge.sound_steps(out)[1] == []
+    assert not out.exists()
+    # steps before a stop count as well: a run that goes on is refused at once
+    done = server.run([*job, "--resume"], before=hook, env={"RAISE": "1e6"})
+    assert_clean_error(done, 7, f"E703.*to {end + 1}")
+
+
+@pytest.mark.slow
+def test_I3_a_loss_within_the_limit_goes_on(server: Server, tmp_path: Path) -> None:
+    job = [*long_job(server, tmp_path / "out"), "--set", "training.steps=30"]
+    assert server.run(job, before=f"{HERE}:raise_loss", env={"RAISE": "3"}).code == 0
 
 
 # ---- I4 ----
