@@ -87,9 +87,12 @@ def gpt2():
         (pico.mixtral, {"sparsity.target": 0.5, "sparsity.allocation": "erk"}, {"allocation": "erk"}),  # noqa: E501
         (pico.mixtral, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),
         (pico.vit, {"sparsity.target": 0.5, "sparsity.min_sparsity": 0.4, "sparsity.allocation": "uniform"}, {"allocation": "uniform", "min_sparsity": 0.4}),  # noqa: E501
+        (pico.vit, {"sparsity.target": 0.5, "sparsity.max_sparsity": 0.51, "sparsity.allocation": "erk"}, {"allocation": "erk", "max_sparsity": 0.51}),  # noqa: E501
         (lambda: pico.llama(tie_word_embeddings=True), {"sparsity.target": 0.5}, {}),
     ],
-    ids=["gpt2-2:4", "gpt2", "mixtral", "mixtral-erk", "mixtral-2:4", "vit", "llama-tied"],
+    ids=[
+        "gpt2-2:4", "gpt2", "mixtral", "mixtral-erk", "mixtral-2:4", "vit", "vit-erk", "llama-tied",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_models_get_the_same_weights_as_through_memory(make, settings, how, dtype, tmp_path):
@@ -177,6 +180,19 @@ def test_a_bare_file_is_cut_exactly_with_ties_by_position(dtype, other, target, 
     assert [one.name for one in report.tensors] == names
 
 
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+def test_zeros_that_are_there_count_towards_the_target_and_are_told(allocation, tmp_path):
+    sparse = np.arange(1.0, 17.0).reshape(4, 4)
+    sparse[:3] = 0.0
+    tensors = {"a": ("F32", (4, 4), sparse), "b": ("F32", (4, 8), np.arange(1.0, 33.0))}
+    settings = {"sparsity.target": 0.5, "sparsity.allocation": allocation}
+    report = by_files(bare(tmp_path / "m.safetensors", tensors), tmp_path / "out", **settings)
+    assert [one.zeros for one in report.tensors] == [12, 12]
+    assert report.sparsity.zeros == 24
+    assert report.sparsity.natural_zeros == 12
+    assert report.sparsity.threshold == 12.0
+
+
 def test_shards_keep_their_names_and_their_index(tmp_path):
     pico.save(pico.llama(), tmp_path / "model", max_shard_size="20KB")
     names = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
@@ -241,10 +257,11 @@ def test_what_names_code_or_places_is_left_out(tmp_path):
     assert not (tmp_path / "out" / "evil.py").exists()
 
 
-def test_a_target_that_is_not_finite_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_target_that_is_not_finite_is_refused_by_name(bad, tmp_path):
     for pattern, target in (("unstructured", 0.9), ("2:4", 0.5)):
         tensors = {"a": ("F32", (4, 4), np.ones((4, 4))), "b": ("F32", (4, 4), np.ones((4, 4)))}
-        tensors["b"][2][1, 2] = np.nan
+        tensors["b"][2][1, 2] = bad
         path = bare(tmp_path / "m.safetensors", tensors)
         settings = {"sparsity.target": target, "sparsity.pattern": pattern}
         with pytest.raises(HamError, match=r"E430.*m\.safetensors: b") as caught:
