@@ -14,12 +14,12 @@ def targets_of(*tensors):
 
 
 BEFORE = [torch.tensor([[1.0, -1.0, 1.0, 0.0]]), torch.tensor([[-1.0], [1.0], [-1.0]])]
-AFTER = [torch.tensor([[2.0, 1.0, -0.0, 0.0]]), torch.tensor([[-0.5], [-0.5], [0.0]])]
+AFTER = [torch.tensor([[2.0, -1.0, -0.0, 0.0]]), torch.tensor([[-0.5], [-0.5], [0.0]])]
 
 
 def test_a_sign_flips_where_a_survivor_has_not_the_dense_sign():
     found = change_of(BEFORE, targets_of(*AFTER), World())
-    assert found.sign_flips == 2 / 4
+    assert found.sign_flips == 1 / 4
     assert change_of(BEFORE, targets_of(*map(torch.zeros_like, AFTER)), World()).sign_flips == 0.0
 
 
@@ -57,4 +57,8 @@ def test_the_greatest_dropped_magnitude_is_of_the_dense_weights():
     masks = [torch.tensor([[True, False, True, False]]), torch.ones(3, 1, dtype=torch.bool)]
     before = [torch.tensor([[9.0, -3.0, 9.0, 2.0]]), BEFORE[1]]
     assert greatest_dropped(before, masks) == 3.0
+    masks[1] = torch.tensor([[True], [False], [True]])
+    assert greatest_dropped(before, masks) == 3.0
+    assert greatest_dropped(before[1:], masks[1:]) == 1.0
+    masks[1][:] = True
     assert greatest_dropped(before[1:], masks[1:]) is None

@@ -174,6 +174,7 @@ def test_a_bare_file_is_cut_exactly_with_ties_by_position(dtype, other, target, 
     kept = np.concatenate([before[name].astype(np.float64).ravel() for name in names])
     assert np.array_equal(found, np.where(keeps, kept, 0.0))
     assert report.sparsity.zeros == count
+    assert report.sparsity.natural_zeros == np.count_nonzero(flat == 0)
     assert sum(count_negative_zeros(after[name]) for name in names) == 0
     for name in ("empty", "scalar", "norm", "embed.weight"):
         assert after[name].tobytes() == before[name].tobytes()
@@ -193,6 +194,15 @@ def test_zeros_that_are_there_count_towards_the_target_and_are_told(allocation, 
     assert report.sparsity.threshold == 12.0
 
 
+def test_zeros_of_all_tensors_are_told_of_a_pattern_too(tmp_path):
+    values = np.arange(4.0)
+    tensors = {name: ("F32", (1, 4), values[None]) for name in ("a", "b")}
+    settings = {"sparsity.target": 0.5, "sparsity.pattern": "2:4"}
+    report = by_files(bare(tmp_path / "m.safetensors", tensors), tmp_path / "out", **settings)
+    assert (report.sparsity.natural_zeros, report.sparsity.zeros) == (2, 4)
+    assert report.sparsity.threshold is None
+
+
 def test_shards_keep_their_names_and_their_index(tmp_path):
     pico.save(pico.llama(), tmp_path / "model", max_shard_size="20KB")
     names = sorted(path.name for path in (tmp_path / "model").glob("*.safetensors"))
@@ -200,6 +210,8 @@ def test_shards_keep_their_names_and_their_index(tmp_path):
     by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
     out = tmp_path / "out"
     assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    for name in ("config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     index = "model.safetensors.index.json"
     assert (out / index).read_bytes() == (tmp_path / "model" / index).read_bytes()
     wanted = through_memory(tmp_path / "model", tmp_path / "memory", 0.5)
@@ -309,7 +321,8 @@ def test_files_with_more_than_the_network_go_through_memory_which_is_said(tmp_pa
         {"data.source": "x.txt"}, {"gate.max_drop": 0.1}, {"sparsity.method": "wanda"},
         {"sparsity.score": "random"}, {"sparsity.allocation": "lamp"},
         {"sparsity.pattern": "block:4x4"}, {"sparsity.max_sparsity": 0.95},
-        {"export.dtype": "float16"},
+        {"export.dtype": "float16"}, {"model.dtype": "float16"}, {"model.task": "masked-lm"},
+        {"export.max_shard_size": "1MB"}, {"sparsity.min_sparsity": 0.1},
     ],
     ids=str,
 )  # fmt: skip
@@ -322,6 +335,83 @@ def test_what_files_cannot_tell_goes_through_memory(settings, tmp_path, monkeypa
     read = complete([values_layer(words, "test")], has_recipe=False)
     prune(read, out=tmp_path / "out", overwrite=False, progress=Silent())
     assert len(gone) == 1
+
+
+class Meddler(Silent):
+    """Does something to the input between the last byte read and the report."""
+
+    def __init__(self, meddle):
+        self.meddle = meddle
+
+    def end_bytes(self):
+        self.meddle()
+
+
+def appended(path):
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def touched(path):
+    os.utime(path, ns=(1, 1))
+
+
+def replaced(path):
+    status = path.stat()
+    path.with_name("other").write_bytes(path.read_bytes())
+    path.with_name("other").replace(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("meddle", [appended, touched, replaced])
+def test_an_input_that_changes_meanwhile_is_refused(meddle, tmp_path):
+    path = bare(tmp_path / "m.safetensors", {"w": ("F32", (4, 4), np.arange(16.0))})
+    with pytest.raises(HamError, match=r"E416.*m\.safetensors"):
+        by_files(path, tmp_path / "out", Meddler(lambda: meddle(path)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_report_of_files_is_that_of_memory(tmp_path):
+    from hamcli import pruning
+
+    words = {
+        "model.id": str(ALBERT), "sparsity.target": 0.5, "gate.min_sparsity": 0.5,
+        "evaluation.examples": 4,
+    }  # fmt: skip
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    where = {"overwrite": False, "progress": Silent()}
+    one = prune_files(read, out=tmp_path / "one", **where)
+    other = pruning.prune(read, out=tmp_path / "other", **where)
+    assert one.sparsity == other.sparsity
+    assert one.tensors == other.tensors
+    assert (one.gate, one.gate.passed) == (other.gate, True)
+    assert one.model == other.model
+    assert {one.path for one in one.files} == {one.path for one in other.files}
+
+
+def test_out_may_not_be_the_input(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    words = {"model.id": str(tmp_path / "model"), "sparsity.target": 0.5}
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    with pytest.raises(HamError, match="E110"):
+        prune_files(read, out=tmp_path / "model", overwrite=True, progress=Silent())
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "code"), [("targets.include", "E214"), ("targets.exclude", "E215")]
+)
+def test_a_glob_that_fits_nothing_is_told_with_its_key(key, code, tmp_path):
+    with pytest.raises(HamError, match=rf"{code}.*{key}"):
+        by_files(RESNET, tmp_path / "out", **{key: ["nowhere*"], "sparsity.target": 0.5})
+
+
+def test_a_config_that_names_nothing_of_a_place_stays_byte_for_byte(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace("\n", "\n \n"))
+    by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
+    assert (tmp_path / "out" / "config.json").read_bytes() == path.read_bytes()
 
 
 # ---- processes ----
