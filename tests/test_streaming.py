@@ -516,10 +516,15 @@ def test_a_full_disk_leaves_nothing(large, tmp_path):
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     from hamcli.runstate import disk
 
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
-    with pytest.raises(HamError, match="E504"):
-        by_files(RESNET, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    size = (RESNET / "model.safetensors").stat().st_size
+    # dense files are there until they are packed
+    for free, words in ((size, {"export.format": "packed"}), (size - 1, {})):
+        monkeypatch.setattr(disk, "free_bytes", lambda _, free=free: free)
+        with pytest.raises(HamError, match="E504"):
+            by_files(RESNET, tmp_path / "out", **words)
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(disk, "free_bytes", lambda _: size)
+    by_files(RESNET, tmp_path / "out")
 
 
 def test_progress_counts_every_byte(tmp_path):
