@@ -20,6 +20,7 @@ FAMILIES = {
     "BertForMaskedLM": SMALL,
     "BertModel": SMALL,
     "BertForSequenceClassification": SMALL,
+    "BertForTokenClassification": SMALL,
     "RobertaForMaskedLM": SMALL,
     "XLMRobertaModel": SMALL,
     "MPNetModel": SMALL,
@@ -94,6 +95,10 @@ def test_the_targets_are_those_of_the_network(saved, exclude):
         assert "several tensors of the head" in why
         return
     assert told(found) == told(wanted)
+    names = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    assert [list(one.names) for one in found] == [names[id(one.param)] for one in wanted]
     assert set(found.exclude) == set(wanted.exclude)
     assert found.total == wanted.total
 
@@ -143,8 +148,9 @@ def test_a_file_without_a_config_goes_by_usual_names():
         "layers.9.norm.weight": (4,), "empty.weight": (0, 4), "experts.w1": (2, 4, 4),
     }  # fmt: skip
     found = by_names(shapes, ["*"], None)
-    assert [(one.name, one.input_dim) for one in found] == [
-        ("experts.w1", 2), ("layers.9.up.weight", 1), ("layers.10.up.weight", 1),
+    assert [(one.name, one.input_dim, one.piece_axis, one.is_stacked) for one in found] == [
+        ("experts.w1", 2, 2, True), ("layers.9.up.weight", 1, 1, False),
+        ("layers.10.up.weight", 1, 1, False),
     ]  # fmt: skip
     assert len(by_names(shapes, ["*"], ["layers.9.*"])) == 3
     with pytest.raises(RecipeError, match="E214"):
