@@ -144,7 +144,11 @@ def test_a_glob_may_name_a_module_without_matrices():
 
 def test_copies_and_buffers_are_no_parameters():
     own = {"wte.weight": (8, 4), "h.0.mlp.c_fc.weight": (4, 8), "h.0.ln_1.weight": (4,)}
-    others = {"lm_head.weight": (8, 4), "h.0.attn.bias": (1, 1, 4, 4), "h.0.attn.masked_bias": ()}
+    others = {
+        "lm_head.weight": (8, 4),
+        "h.0.attn.bias": (1, 1, 4, 4),
+        "transformer.h.0.attn.masked_bias": (),
+    }
     config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
     assert by_family(config, own | others, ["*"], None).parameters == own.keys()
     untied = {**config, "tie_word_embeddings": False}
