@@ -1,5 +1,6 @@
 """`ham prune` by files alone: the same zeros as through memory, and nothing half done."""
 
+import dataclasses
 import json
 import os
 import resource
@@ -87,9 +88,12 @@ def gpt2():
         (pico.mixtral, {"sparsity.target": 0.5, "sparsity.allocation": "erk"}, {"allocation": "erk"}),  # noqa: E501
         (pico.mixtral, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),
         (pico.vit, {"sparsity.target": 0.5, "sparsity.min_sparsity": 0.4, "sparsity.allocation": "uniform"}, {"allocation": "uniform", "min_sparsity": 0.4}),  # noqa: E501
+        (pico.vit, {"sparsity.target": 0.5, "sparsity.max_sparsity": 0.51, "sparsity.allocation": "erk"}, {"allocation": "erk", "max_sparsity": 0.51}),  # noqa: E501
         (lambda: pico.llama(tie_word_embeddings=True), {"sparsity.target": 0.5}, {}),
     ],
-    ids=["gpt2-2:4", "gpt2", "mixtral", "mixtral-erk", "mixtral-2:4", "vit", "llama-tied"],
+    ids=[
+        "gpt2-2:4", "gpt2", "mixtral", "mixtral-erk", "mixtral-2:4", "vit", "vit-erk", "llama-tied",
+    ],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_small_models_get_the_same_weights_as_through_memory(make, settings, how, dtype, tmp_path):
@@ -171,10 +175,33 @@ def test_a_bare_file_is_cut_exactly_with_ties_by_position(dtype, other, target, 
     kept = np.concatenate([before[name].astype(np.float64).ravel() for name in names])
     assert np.array_equal(found, np.where(keeps, kept, 0.0))
     assert report.sparsity.zeros == count
+    assert report.sparsity.natural_zeros == np.count_nonzero(flat == 0)
     assert sum(count_negative_zeros(after[name]) for name in names) == 0
     for name in ("empty", "scalar", "norm", "embed.weight"):
         assert after[name].tobytes() == before[name].tobytes()
     assert [one.name for one in report.tensors] == names
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "erk"])
+def test_zeros_that_are_there_count_towards_the_target_and_are_told(allocation, tmp_path):
+    sparse = np.arange(1.0, 17.0).reshape(4, 4)
+    sparse[:3] = 0.0
+    tensors = {"a": ("F32", (4, 4), sparse), "b": ("F32", (4, 8), np.arange(1.0, 33.0))}
+    settings = {"sparsity.target": 0.5, "sparsity.allocation": allocation}
+    report = by_files(bare(tmp_path / "m.safetensors", tensors), tmp_path / "out", **settings)
+    assert [one.zeros for one in report.tensors] == [12, 12]
+    assert report.sparsity.zeros == 24
+    assert report.sparsity.natural_zeros == 12
+    assert report.sparsity.threshold == 12.0
+
+
+def test_zeros_of_all_tensors_are_told_of_a_pattern_too(tmp_path):
+    values = np.arange(4.0)
+    tensors = {name: ("F32", (1, 4), values[None]) for name in ("a", "b")}
+    settings = {"sparsity.target": 0.5, "sparsity.pattern": "2:4"}
+    report = by_files(bare(tmp_path / "m.safetensors", tensors), tmp_path / "out", **settings)
+    assert (report.sparsity.natural_zeros, report.sparsity.zeros) == (2, 4)
+    assert report.sparsity.threshold is None
 
 
 def test_shards_keep_their_names_and_their_index(tmp_path):
@@ -184,6 +211,8 @@ def test_shards_keep_their_names_and_their_index(tmp_path):
     by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
     out = tmp_path / "out"
     assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    for name in ("config.json", "generation_config.json"):
+        assert (out / name).read_bytes() == (tmp_path / "model" / name).read_bytes()
     index = "model.safetensors.index.json"
     assert (out / index).read_bytes() == (tmp_path / "model" / index).read_bytes()
     wanted = through_memory(tmp_path / "model", tmp_path / "memory", 0.5)
@@ -241,10 +270,11 @@ def test_what_names_code_or_places_is_left_out(tmp_path):
     assert not (tmp_path / "out" / "evil.py").exists()
 
 
-def test_a_target_that_is_not_finite_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_a_target_that_is_not_finite_is_refused_by_name(bad, tmp_path):
     for pattern, target in (("unstructured", 0.9), ("2:4", 0.5)):
         tensors = {"a": ("F32", (4, 4), np.ones((4, 4))), "b": ("F32", (4, 4), np.ones((4, 4)))}
-        tensors["b"][2][1, 2] = np.nan
+        tensors["b"][2][1, 2] = bad
         path = bare(tmp_path / "m.safetensors", tensors)
         settings = {"sparsity.target": target, "sparsity.pattern": pattern}
         with pytest.raises(HamError, match=r"E430.*m\.safetensors: b") as caught:
@@ -292,7 +322,8 @@ def test_files_with_more_than_the_network_go_through_memory_which_is_said(tmp_pa
         {"data.source": "x.txt"}, {"gate.max_drop": 0.1}, {"sparsity.method": "wanda"},
         {"sparsity.score": "random"}, {"sparsity.allocation": "lamp"},
         {"sparsity.pattern": "block:4x4"}, {"sparsity.max_sparsity": 0.95},
-        {"export.dtype": "float16"},
+        {"export.dtype": "float16"}, {"model.dtype": "float16"}, {"model.task": "masked-lm"},
+        {"export.max_shard_size": "1MB"}, {"sparsity.min_sparsity": 0.1},
     ],
     ids=str,
 )  # fmt: skip
@@ -305,6 +336,100 @@ def test_what_files_cannot_tell_goes_through_memory(settings, tmp_path, monkeypa
     read = complete([values_layer(words, "test")], has_recipe=False)
     prune(read, out=tmp_path / "out", overwrite=False, progress=Silent())
     assert len(gone) == 1
+
+
+class Meddler(Silent):
+    """Does something to the input between the last byte read and the report."""
+
+    def __init__(self, meddle):
+        self.meddle = meddle
+
+    def end_bytes(self):
+        self.meddle()
+
+
+def appended(path):
+    path.write_bytes(path.read_bytes() + b" ")
+
+
+def touched(path):
+    os.utime(path, ns=(1, 1))
+
+
+def replaced(path):
+    status = path.stat()
+    path.with_name("other").write_bytes(path.read_bytes())
+    path.with_name("other").replace(path)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+@pytest.mark.parametrize("meddle", [appended, touched, replaced])
+def test_an_input_that_changes_meanwhile_is_refused(meddle, tmp_path):
+    path = bare(tmp_path / "m.safetensors", {"w": ("F32", (4, 4), np.arange(16.0))})
+    with pytest.raises(HamError, match=r"E416.*m\.safetensors"):
+        by_files(path, tmp_path / "out", Meddler(lambda: meddle(path)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("model", [ALBERT, RESNET], ids=["albert", "resnet"])
+def test_the_report_of_files_is_that_of_memory(model, tmp_path):
+    from hamcli import pruning
+
+    words = {
+        "model.id": str(model), "sparsity.target": 0.5, "gate.min_sparsity": 0.5,
+        "evaluation.examples": 4,
+    }  # fmt: skip
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    where = {"overwrite": False, "progress": Silent()}
+    one = prune_files(read, out=tmp_path / "one", **where)
+    other = pruning.prune(read, out=tmp_path / "other", **where)
+    assert one.sparsity == other.sparsity
+    assert one.tensors == other.tensors
+    assert (one.gate, one.gate.passed) == (other.gate, True)
+    assert one.model == other.model
+    assert {one.path for one in one.files} == {one.path for one in other.files}
+
+
+def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
+    from hamcli import completing, streaming
+
+    def found(name, **_):
+        assert name == "org/tiny@main"
+        return dataclasses.replace(find_model(str(RESNET), hashed=False), revision="c0ffee")
+
+    for room in (completing, streaming):
+        monkeypatch.setattr(room, "find_model", found)
+    report = by_files("org/tiny@main", tmp_path / "out", **{"sparsity.target": 0.5})
+    assert (report.model.id, report.model.revision) == ("org/tiny", "c0ffee")
+    assert report.model.is_hub
+    assert "org/tiny@c0ffee" in (tmp_path / "out" / "recipe.yaml").read_text()
+
+
+def test_out_may_not_be_the_input(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    before = sorted(path.name for path in (tmp_path / "model").iterdir())
+    words = {"model.id": str(tmp_path / "model"), "sparsity.target": 0.5}
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    with pytest.raises(HamError, match="E110"):
+        prune_files(read, out=tmp_path / "model", overwrite=True, progress=Silent())
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    ("key", "code"), [("targets.include", "E214"), ("targets.exclude", "E215")]
+)
+def test_a_glob_that_fits_nothing_is_told_with_its_key(key, code, tmp_path):
+    with pytest.raises(HamError, match=code) as caught:
+        by_files(RESNET, tmp_path / "out", **{key: ["nowhere*"], "sparsity.target": 0.5})
+    assert caught.value.where == f"test: {key}"
+
+
+def test_a_config_that_names_nothing_of_a_place_stays_byte_for_byte(tmp_path):
+    pico.save(pico.llama(), tmp_path / "model")
+    path = tmp_path / "model" / "config.json"
+    path.write_text(path.read_text().replace("\n", "\n \n"))
+    by_files(tmp_path / "model", tmp_path / "out", **{"sparsity.target": 0.5})
+    assert (tmp_path / "out" / "config.json").read_bytes() == path.read_bytes()
 
 
 # ---- processes ----
@@ -409,10 +534,15 @@ def test_a_full_disk_leaves_nothing(large, tmp_path):
 def test_too_little_space_is_seen_before_anything_is_written(tmp_path, monkeypatch):
     from hamcli.runstate import disk
 
-    monkeypatch.setattr(disk, "free_bytes", lambda _: 1000)
-    with pytest.raises(HamError, match="E504"):
-        by_files(RESNET, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
+    size = (RESNET / "model.safetensors").stat().st_size
+    # dense files are there until they are packed
+    for free, words in ((size, {"export.format": "packed"}), (size - 1, {})):
+        monkeypatch.setattr(disk, "free_bytes", lambda _, free=free: free)
+        with pytest.raises(HamError, match="E504"):
+            by_files(RESNET, tmp_path / "out", **words)
+        assert list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(disk, "free_bytes", lambda _: size)
+    by_files(RESNET, tmp_path / "out")
 
 
 def test_progress_counts_every_byte(tmp_path):

@@ -246,12 +246,9 @@ class _Placed:
 
     def parameters(self) -> frozenset[str]:
         """The tensors of the files that are parameters of the model, each once."""
-        buffers = {
-            name
-            for line in self.family.lines
-            if line.is_buffer
-            for name in self.body.get(_key(line.files[0]), {}).values()
-        }
+        kinds = {_key(line.files[0]) for line in self.family.lines if line.is_buffer}
+        prefix = f"{self.family.prefix}."
+        buffers = {name for name in self.shapes if _key(name.removeprefix(prefix)) in kinds}
         twice = {
             name
             for name in self.head_names

@@ -1,5 +1,6 @@
 """Tensors read and written in bounded memory, dense and packed."""
 
+import errno
 import os
 
 import numpy as np
@@ -90,11 +91,50 @@ def test_a_copy_without_the_kernels_help_is_the_same(shard, stage, monkeypatch):
     assert copied(path, stage)[0] == path.read_bytes()
 
 
+@pytest.mark.parametrize("has_help", [True, False])
+def test_a_large_copy_goes_part_by_part_also_where_the_disk_takes_little(
+    shard, stage, monkeypatch, has_help
+):
+    whole = os.pwrite
+    monkeypatch.setattr(stream, "COPY_BYTES", 2**20 + 1)
+    monkeypatch.setattr(os, "pwrite", lambda to, raw, at: whole(to, raw[: 2**17 + 1], at))
+    if not has_help:
+        monkeypatch.delattr(os, "copy_file_range", raising=False)
+    path, _ = shard
+    assert copied(path, stage)[0] == path.read_bytes()
+
+
+def test_a_disk_that_fails_is_not_asked_again(shard, stage, monkeypatch):
+    def fails(*_):
+        raise OSError(errno.EIO, "it is broken")
+
+    monkeypatch.setattr(os, "copy_file_range", fails, raising=False)
+    path, _ = shard
+    with pytest.raises(OSError, match="it is broken"):
+        copied(path, stage)
+
+
+def test_a_file_has_its_length_before_its_tensors(shard, stage):
+    path, _ = shard
+    made, _ = opened(path)
+    Writer(stage, [made]).begin()
+    assert (stage / path.name).stat().st_size == made.dense_bytes == path.stat().st_size
+    with pytest.raises(FileExistsError):  # nothing is written over
+        Writer(stage, [made]).begin()
+
+
 def test_a_packed_file_gives_its_dense_one(shard, stage, tmp_path):
     path, _ = shard
     packed = tmp_path / "model.packed.safetensors"
     pack_file(path, packed)
-    assert copied(packed, stage)[0] == path.read_bytes()
+    raw, done = copied(packed, stage)
+    assert raw == path.read_bytes()
+    assert done == 3 * 2**21 + 14
+
+
+def test_a_file_without_tensors_is_its_header(tmp_path, stage):
+    path = write_header(tmp_path / "model.safetensors", {"__metadata__": {"format": "pt"}})
+    assert copied(path, stage) == (path.read_bytes(), 0)
 
 
 @pytest.mark.parametrize("way", ["read", "copy"])

@@ -41,6 +41,17 @@ def fake_compiler(monkeypatch, folder, end="exit 0"):
     return log
 
 
+@pytest.mark.skipif(os.environ.get("HAM_NATIVE") == "0", reason="HAM_NATIVE=0")
+@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX2")
+def test_where_it_should_work_it_is_in_use():
+    """The other tests of the extension are skipped where it is off, whatever turned it off."""
+    try:
+        building.find_compiler()
+    except CannotBuild as why:
+        pytest.skip(str(why))
+    assert native.status().reason.startswith("native step on"), native.status().reason
+
+
 def test_it_can_be_turned_off(fresh, monkeypatch):
     log = fake_compiler(monkeypatch, fresh)
     monkeypatch.setenv("HAM_NATIVE", "0")

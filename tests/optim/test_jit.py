@@ -1,6 +1,7 @@
 """The numba form: what it falls back on, what it keeps on disk, which form is chosen."""
 
 import importlib.util
+import os
 import stat
 
 import pytest
@@ -43,6 +44,14 @@ def sgd_step():
         momentum=0.0, nesterov=False, weight_decay=0.0, is_first_step=False,
     )  # fmt: skip
     return w
+
+
+@needs_numba
+@pytest.mark.skipif(os.environ.get("HAM_NUMBA") == "0", reason="HAM_NUMBA=0")
+@pytest.mark.skipif("AVX" not in torch.backends.cpu.get_cpu_capability(), reason="no AVX2")
+def test_where_it_should_work_it_is_in_use():
+    """The other tests of this form are skipped where it is off, whatever turned it off."""
+    assert jit.status().reason.startswith("numba step on"), jit.status().reason
 
 
 @needs_numba

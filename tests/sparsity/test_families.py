@@ -20,6 +20,7 @@ FAMILIES = {
     "BertForMaskedLM": SMALL,
     "BertModel": SMALL,
     "BertForSequenceClassification": SMALL,
+    "BertForTokenClassification": SMALL,
     "RobertaForMaskedLM": SMALL,
     "XLMRobertaModel": SMALL,
     "MPNetModel": SMALL,
@@ -94,6 +95,10 @@ def test_the_targets_are_those_of_the_network(saved, exclude):
         assert "several tensors of the head" in why
         return
     assert told(found) == told(wanted)
+    names = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), []).append(name)
+    assert [list(one.names) for one in found] == [names[id(one.param)] for one in wanted]
     assert set(found.exclude) == set(wanted.exclude)
     assert found.total == wanted.total
 
@@ -129,12 +134,53 @@ def test_a_tied_tensor_that_is_stored_twice_may_not_be_a_target():
         by_family(config, shapes, ["*"], [])
 
 
+def test_a_glob_may_name_a_module_without_matrices():
+    shapes = {"model.layers.0.self_attn.q_proj.weight": (4, 4), "model.norm.weight": (4,)}
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    assert len(by_family(config, shapes, ["*"], ["model.norm"])) == 1
+    with pytest.raises(RecipeError, match="E215"):
+        by_family(config, shapes, ["*"], ["model.norms"])
+
+
+def test_copies_and_buffers_are_no_parameters():
+    own = {"wte.weight": (8, 4), "h.0.mlp.c_fc.weight": (4, 8), "h.0.ln_1.weight": (4,)}
+    others = {
+        "lm_head.weight": (8, 4),
+        "h.0.attn.bias": (1, 1, 4, 4),
+        "transformer.h.0.attn.masked_bias": (),
+    }
+    config = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    assert by_family(config, own | others, ["*"], None).parameters == own.keys()
+    untied = {**config, "tie_word_embeddings": False}
+    found = by_family(untied, own | others, ["*"], None).parameters
+    assert found == {*own, "lm_head.weight"}
+
+
+def test_two_tensors_of_a_head_have_no_order_that_is_known():
+    shapes = {
+        "bert.embeddings.word_embeddings.weight": (8, 4),
+        "cls.predictions.transform.dense.weight": (4, 4),
+        "cls.predictions.decoder.weight": (8, 4),
+    }
+    config = {
+        "model_type": "bert", "architectures": ["BertForMaskedLM"], "tie_word_embeddings": False,
+    }  # fmt: skip
+    with pytest.raises(Undecided, match="several tensors of the head"):
+        by_family(config, shapes, ["*"], [])
+    assert len(by_family(config, shapes, ["*"], ["*transform*"])) == 2
+
+
 def test_a_part_of_fused_experts_may_not_be_missing():
     stem = "model.layers.0.mlp.experts.0"
     shapes = {f"{stem}.gate_proj.weight": (4, 4), f"{stem}.down_proj.weight": (4, 4)}
     config = {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"]}
     with pytest.raises(Undecided, match="lacks a part"):
         by_family(config, shapes, ["*"], None)
+    shapes[f"{stem}.up_proj.weight"] = (3, 4)
+    (joined, _) = by_family(config, shapes, ["*"], None)
+    assert joined.shape == (1, 7, 4)
+    with pytest.raises(Undecided, match="differ in shape"):
+        by_family(config, shapes | {f"{stem}.up_proj.weight": (4, 5)}, ["*"], None)
 
 
 def test_a_file_without_a_config_goes_by_usual_names():
@@ -143,8 +189,9 @@ def test_a_file_without_a_config_goes_by_usual_names():
         "layers.9.norm.weight": (4,), "empty.weight": (0, 4), "experts.w1": (2, 4, 4),
     }  # fmt: skip
     found = by_names(shapes, ["*"], None)
-    assert [(one.name, one.input_dim) for one in found] == [
-        ("experts.w1", 2), ("layers.9.up.weight", 1), ("layers.10.up.weight", 1),
+    assert [(one.name, one.input_dim, one.piece_axis, one.is_stacked) for one in found] == [
+        ("experts.w1", 2, 2, True), ("layers.9.up.weight", 1, 1, False),
+        ("layers.10.up.weight", 1, 1, False),
     ]  # fmt: skip
     assert len(by_names(shapes, ["*"], ["layers.9.*"])) == 3
     with pytest.raises(RecipeError, match="E214"):
