@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -5,9 +6,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hamcli.checkpoint.inspection import EDGES, NEAR_ZERO, inspect
+from hamcli.checkpoint.inspection import EDGES, NEAR_ZERO, dense_size, inspect
+from hamcli.checkpoint.packed.files import pack_file
 from hamcli.checkpoint.recount import BLOCK_BYTES, count_zeros
-from tests.checkpoint.pico import entry, refusal, write_header
+from tests.checkpoint.pico import entry, refusal, seeded, write_header
 from tests.oracles.safetensors_reader import read_file
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -169,3 +171,66 @@ def test_one_name_in_two_files_is_refused(tmp_path: Path) -> None:
     for name in ("a", "b"):
         save_file({"w": torch.ones(2)}, tmp_path / f"{name}.safetensors")
     refusal("E412", "two files", inspect, tmp_path)
+
+
+def test_axes_are_those_of_the_architecture_where_a_config_tells_it(tmp_path: Path) -> None:
+    import transformers
+
+    config = transformers.GPT2Config(
+        vocab_size=16, n_embd=8, n_layer=1, n_head=2, n_positions=8, bos_token_id=1, eos_token_id=2
+    )
+    model = seeded(transformers.GPT2LMHeadModel, config)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_fc.weight[::2] = 0  # [in, out]
+    model.save_pretrained(tmp_path)
+    found = {one.name: one for one in inspect(tmp_path, values=True).tensors}
+    one = found["transformer.h.0.mlp.c_fc.weight"]
+    assert (one.shape, one.input_dim, one.fits) == ((8, 32), 0, {"2:4": 1.0, "4:8": 1.0})
+    assert found["transformer.ln_f.weight"].input_dim is None
+
+
+def test_zeros_with_a_sign_are_zeros(tmp_path: Path) -> None:
+    save_file({"w": torch.tensor([[-0.0, 0.0, 1.0, -2.0]])}, tmp_path / "m.safetensors")
+    one = inspect(tmp_path, values=True).tensors[0]
+    assert (one.zeros, one.negative_zeros, one.fits) == (2, 1, {"2:4": 1.0})
+
+
+def test_a_packed_file_holds_the_same_and_tells_of_dense_bytes(tmp_path: Path) -> None:
+    values = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).bfloat16()
+    values[values.abs() < 1] = 0
+    tensors = {"w": values, "b": torch.ones(5), "none": torch.ones(0, 4)}
+    save_file(tensors, tmp_path / "dense.safetensors")
+    pack_file(tmp_path / "dense.safetensors", tmp_path / "packed.safetensors")
+    read: list[int] = []
+    one = inspect(tmp_path / "dense.safetensors", values=True)
+    other = inspect(tmp_path / "packed.safetensors", values=True, advance=read.append)
+    size = dense_size(tmp_path / "packed.safetensors")
+    assert size == dense_size(tmp_path / "dense.safetensors") == 64 * 64 * 2 + 20
+    assert one.dense_bytes == other.dense_bytes == size
+    assert sum(read) == 2 * size
+    assert other.file_bytes < one.file_bytes
+    for ours, theirs in zip(one.tensors, other.tensors, strict=True):
+        assert replace(ours, file="", bytes=0) == replace(theirs, file="", bytes=0)
+
+
+def test_bytes_that_are_not_counted_are_told_as_done(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "m.safetensors", {"q": entry("F4", [2, 4], 0, 4)}, bytes(4))
+    read: list[int] = []
+    inspect(path, values=True, advance=read.append)
+    assert sum(read) == 2 * dense_size(path) == 8
+
+
+def test_fits_of_a_group_are_weighted_by_elements(tmp_path: Path) -> None:
+    tensors = {"layers.0.w": torch.zeros(2, 4), "layers.1.w": torch.ones(6, 4)}
+    save_file(tensors, tmp_path / "m.safetensors")
+    (group,) = inspect(tmp_path, values=True).groups
+    assert group.fits == {"2:4": 0.25}
+    assert group.sparsity == 0.25
+    (group,) = inspect(tmp_path).groups
+    assert (group.fits, group.zeros, group.near_zero, group.sparsity) == (None,) * 4
+
+
+def test_metadata_that_names_a_tensor_that_is_there_ties_nothing(tmp_path: Path) -> None:
+    tensors = {"w": torch.ones(2), "head": torch.ones(2)}
+    save_file(tensors, tmp_path / "m.safetensors", metadata={"head": "w", "format": "pt"})
+    assert [one.tied for one in inspect(tmp_path).tensors] == [(), ()]

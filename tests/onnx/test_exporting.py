@@ -1,5 +1,6 @@
 """Folders of several families as ONNX: the same outputs, the same zeros, or a clear refusal."""
 
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ import torch
 
 from hamcli.checkpoint.recount import count_zeros
 from hamcli.exporting import export
-from hamcli.onnx import checking
+from hamcli.onnx import checking, exporting, graph
 from hamcli.onnx.exporting import export_onnx
 from hamcli.onnx.graph import weights_of, write_graph
 from hamcli.progress import Silent
@@ -117,6 +118,67 @@ def test_a_graph_that_computes_something_else_is_refused(tmp_path):
     )  # fmt: skip
 
 
+def test_an_error_is_relative_and_another_shape_is_infinitely_wrong():
+    assert checking.relative_error(torch.tensor([1.0, 5.0]), torch.tensor([2.0, -4.0])) == 2.25
+    assert checking.relative_error(torch.tensor([0.5]), torch.zeros(1)) == 0.5
+    assert checking.relative_error(torch.ones(2), torch.ones(2, 1)) == float("inf")
+
+
+def test_outputs_that_are_no_numbers_are_refused(tmp_path, monkeypatch):
+    model = pico.bert()
+    inputs = random_inputs(model, 2, 9, seed=1)
+    write_graph(model, inputs, tmp_path / "model.onnx")
+    monkeypatch.setattr(checking, "relative_error", lambda *_: float("nan"))
+    pico.refusal("E472", "nan", checking.greatest_error, model, tmp_path / "model.onnx", [inputs])
+
+
+def test_a_weight_that_is_not_there_or_has_other_zeros_is_refused(tmp_path, monkeypatch):
+    model = sparse(pico.bert())
+    write_graph(model, random_inputs(model, 2, 9, seed=1), tmp_path / "model.onnx")
+    name = "bert.encoder.layer.0.output.dense.weight"
+    zeros = int((model.get_parameter(name) == 0).sum())
+    path = tmp_path / "model.onnx"
+    for spelled in (name, name.removeprefix("bert.")):
+        checking.count_weights(model, path, {spelled: zeros})
+        for wrong in (zeros - 1, zeros + 1):
+            pico.refusal("E472", f"{wrong:,} in the", checking.count_weights, model, path,
+                         {spelled: wrong})  # fmt: skip
+    held = checking.weights_of(path)
+    del held[name]
+    monkeypatch.setattr(checking, "weights_of", lambda _: held)
+    pico.refusal("E472", "bit for bit", checking.count_weights, model, path, {})
+    # what lies there once, under another name, is there
+    held["tied"] = model.get_parameter(name).detach().numpy()
+    checking.count_weights(model, path, {})
+
+
+def test_a_file_is_tried_with_other_shapes_and_with_padding(tmp_path, monkeypatch):
+    tried = []
+    whole = exporting.greatest_error
+
+    def noted(model, path, trials):
+        tried.extend(trials)
+        return whole(model, path, tried)
+
+    monkeypatch.setattr(exporting, "greatest_error", noted)
+    folder = pico.save(pico.bert(), tmp_path / "dense")
+    export_onnx(folder, out=tmp_path / "onnx", overwrite=False, progress=Silent())
+    shapes = {tuple(one["input_ids"].shape) for one in tried}
+    assert len(shapes) >= 3
+    assert exporting.TRACED not in shapes
+    assert {1} < {rows for rows, _ in shapes}
+    assert any(not one["attention_mask"].all() for one in tried)
+
+
+def test_a_model_too_large_for_a_protobuf_is_refused_before(tmp_path, monkeypatch):
+    model = pico.bert()
+    size = sum(one.numel() * 4 for one in model.state_dict().values())
+    monkeypatch.setattr(graph, "LIMIT_BYTES", size // 2)
+    pico.refusal("E473", "too large", write_graph, model, random_inputs(model, 2, 9),
+                 tmp_path / "model.onnx")  # fmt: skip
+    assert not (tmp_path / "model.onnx").exists()
+
+
 def test_nothing_appears_where_the_check_fails(tmp_path, monkeypatch):
     folder = pico.save(pico.bert(), tmp_path / "dense")
     monkeypatch.setattr(checking, "TOLERANCE", -1.0)
@@ -132,6 +194,8 @@ def test_an_operator_that_onnx_lacks_is_refused_in_one_line(tmp_path, capfd):
     pico.refusal("E471", "Mixtral", export_onnx, folder, **arguments)
     assert capfd.readouterr().out == ""
     assert not (tmp_path / "onnx").exists()
+    os.write(1, b"heard again")
+    assert capfd.readouterr().out == "heard again"
 
 
 def test_a_model_that_takes_something_else_has_no_inputs():

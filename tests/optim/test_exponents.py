@@ -7,9 +7,92 @@ import torch
 from torch import nn
 
 from hamcli.optim import HAM
+from hamcli.optim.exponents import (
+    CALIBRATION_STEPS,
+    alpha_now,
+    calibrate,
+    decay_now,
+    is_guarded,
+    mirrors,
+    scaled_alphas,
+)
 from hamcli.optim.ham import GUARD_EVERY
 from tests.optim.networks import SCALINGS, make, network, run, weights
 from tests.optim.numbers import normal
+
+
+def group_of(**options):
+    (group,) = HAM([nn.Parameter(torch.ones(2, 2))], lr=1e-2, **options).param_groups
+    return group
+
+
+@pytest.mark.parametrize(
+    ("options", "settled"),
+    [
+        ({}, ("calibrated", "auto", 0.004, 1e-3, 0.1)),
+        ({"scaling": "raw"}, ("raw", 200.0, None, 1e-3, 5.0)),
+        ({"alpha": 7.0}, ("raw", 7.0, None, 1e-3, 5.0)),
+        ({"scaling": "normalised"}, ("normalised", "auto", 0.008, 1e-3, 0.1)),
+        ({"eta": 0.1, "clamp": 0.2, "beta": 0.0}, ("calibrated", "auto", 0.1, 0.0, 0.2)),
+    ],
+)
+def test_what_is_not_said_is_as_published_or_found(options, settled):
+    group = group_of(**options)
+    assert tuple(group[key] for key in ("scaling", "alpha", "eta", "beta", "clamp")) == settled
+
+
+def test_vectors_take_no_mirror_step_and_alpha_that_is_given_no_guard():
+    group = group_of()
+    assert mirrors(group, torch.ones(1, 2))
+    assert not mirrors(group, torch.ones(2))
+    assert not mirrors({**group, "mirror": False}, torch.ones(1, 2))
+    assert is_guarded(group)
+    assert not is_guarded(group_of(scaling="raw"))
+    assert not is_guarded(group_of(scaling="normalised"))
+
+
+def test_alpha_is_the_mean_of_the_first_steps_at_the_peak():
+    group = group_of(eta=0.02)
+    group["lr"] = 1e-5  # a warm-up is under way; the peak stays
+    assert alpha_now(group) == 0.0
+    for step in range(CALIBRATION_STEPS + 3):
+        seen = range(1, min(step + 1, CALIBRATION_STEPS) + 1)
+        calibrate([group], [[[(4.0 * (step + 1), 0.0, 4)]]])
+        mean = sum(seen) / len(seen)
+        assert group["ham_grad_mean"] == pytest.approx(mean, rel=1e-12)
+        assert alpha_now(group) == pytest.approx(0.02 / (1e-2 * mean), rel=1e-12)
+
+
+@pytest.mark.parametrize("total", [0.0, math.inf, math.nan])
+def test_a_step_without_a_mean_does_not_calibrate(total):
+    group = group_of()
+    calibrate([group], [[[(1.0, 0.0, 4)]]])
+    before = dict(group)
+    calibrate([group], [[[(total, 0.0, 4)]]])
+    assert group == before
+
+
+def test_normalised_alphas_follow_the_learning_rate_and_the_gradients_size():
+    group = group_of(scaling="normalised", eta=0.5)
+    norms = [(0.0, 16.0, 4), (0.0, 0.0, 4), (0.0, math.inf, 4), (0.0, math.nan, 4)]
+    assert scaled_alphas(group, norms) == [0.25, 0.0, 0.0, 0.0]
+    group["lr"] /= 4
+    assert scaled_alphas(group, norms)[0] == 0.0625
+    group["lr_peak"] = 0.0
+    assert scaled_alphas(group, norms)[0] == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_shaken_decay_sums_to_the_plain_one(dtype):
+    eps = torch.finfo(dtype).eps
+    group, decays = group_of(beta=1e-3), []
+    for step in range(1, 1_001):
+        group["ham_step"] = step
+        decays.append(decay_now(group, dtype) - 1e-2 * 1e-3)
+    assert max(map(abs, decays)) < eps
+    assert abs(math.fsum(decays)) < eps
+    assert math.sqrt(sum(one**2 for one in decays) / 1_000) == pytest.approx(eps / 6**0.5, rel=0.1)
+    assert decay_now({**group, "beta": 0.0}, dtype) == 0.0
 
 
 def test_calibration_finds_the_exponent_asked_for():

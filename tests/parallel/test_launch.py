@@ -1,16 +1,21 @@
 """What a launcher says, and what does not go together with it."""
 
+import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
-from hamcli.errors import RecipeError, UsageError
+from hamcli.errors import InputRefused, RecipeError, ResourceError, UsageError
+from hamcli.parallel import launch
 from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
-from hamcli.parallel.parts import part_of, refuse_uneven_batch
+from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, error_of
+from hamcli.parallel.parts import fingerprint, part_of, refuse_uneven_batch
 from tests.parallel.pico import ALBERT, environment
 
 TWO = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -23,6 +28,26 @@ def test_without_a_launcher_there_is_one_process():
 
 def test_a_launcher_tells_who_this_is():
     assert launched(TWO) == Launch(1, 2, 1, 2)
+    assert launched({"WORLD_SIZE": "4", "RANK": "3"}) == Launch(3, 4, 3, 4)
+    assert launched({"WORLD_SIZE": "two", "RANK": "-1"}) == Launch(0, 1, 0, 1)
+
+
+def test_a_launcher_of_one_process_that_says_so_is_none():
+    said = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500", "WORLD_SIZE": "1"}
+    assert settled_parallel("auto", said) == "none"
+
+
+def test_who_takes_over_speaks(monkeypatch):
+    voice = launch._Voice()
+    monkeypatch.setattr(launch, "_VOICE", voice)
+    assert launch.speaks()
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr(launch, "_VOICE", launch._Voice())
+    monkeypatch.setattr(sys, "stderr", None)
+    assert not launch.speaks()
+    launch.take_over()
+    assert launch.speaks()
+    assert sys.stderr is sys.__stderr__
 
 
 @pytest.mark.parametrize(
@@ -72,6 +97,18 @@ def test_a_batch_is_cut_by_rows_and_must_divide():
         refuse_uneven_batch(32, 5)
 
 
+def test_a_sum_of_bits_tells_weights_apart():
+    import torch
+
+    one, other = torch.tensor([1.0, 2.0]), torch.tensor([[3.0], [4.0]]).bfloat16()
+    found = fingerprint([one, other])
+    assert 0 <= found < 2**62
+    assert fingerprint([one.clone(), other.clone()]) == found
+    assert fingerprint([other, one]) != found
+    assert fingerprint([torch.nextafter(one, one + 1), other]) != found
+    assert fingerprint([one, -other]) != found
+
+
 def ham(tmp_path, *words, **more):
     return subprocess.run(
         [sys.executable, "-m", "hamcli", *words], cwd=tmp_path, env=environment(**more),
@@ -108,6 +145,7 @@ else:
 print("met", flush=True)
 if sys.argv[3] == "leaves":
     mates.leave()
+    print("left", flush=True)
 elif sys.argv[3] == "fails":
     error = InputRefused("E452", "no rows", "x.txt")
     assert mates.end_together(error) is None
@@ -160,6 +198,8 @@ def test_when_one_fails_all_end_with_its_code_and_line():
 
 def test_who_leaves_is_not_dead():
     made = mates("waits", "leaves", "leaves")
+    for one in made[1:]:
+        assert one.stdout.readline() == "left\n"
     made[1].kill()
     made[2].kill()
     time.sleep(4)
@@ -167,3 +207,53 @@ def test_who_leaves_is_not_dead():
     made[0].kill()
     for one in made:
         one.communicate()
+
+
+@pytest.fixture
+def pair():
+    """Processes 0 and 1 of two that have met, in one process; strangers came first."""
+    first, second = Mates(0, 2), Mates(1, 2)
+    port = first.listen("secret")
+    accepting = threading.Thread(target=first.accept, args=(20,))
+    accepting.start()
+    for said in (b'{"token": "guess", "rank": 1}\n', b"x" * (LONGEST + 1), b"[]\n", b""):
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as stranger:
+            stranger.sendall(said)
+            if said:
+                with contextlib.suppress(ConnectionResetError):
+                    assert stranger.recv(1) == b""  # shown the door
+    second.connect("127.0.0.1", port, "secret", 20)
+    accepting.join(20)
+    yield first, second
+    for one in (first, second):
+        one.leave()
+        for link in one._links.values():
+            link.close()
+
+
+def test_only_who_knows_the_token_may_enter(pair):
+    assert list(pair[0]._links) == [1]
+    for one in pair:
+        (link,) = one._links.values()
+        assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_a_failure_is_told_in_the_words_of_who_failed(pair):
+    first, second = pair
+    first._is_leaving = second._is_leaving = True  # no listening thread ends this process
+    first._news = News(1, 4, "E452", ("ham: error[HAM-E452]: no rows", "hint"))
+    found = first.end_together(ResourceError("E501", "disk full"))
+    assert isinstance(found, MateFailed)
+    assert (found.exit_code, found.line(), len(found.lines())) == (
+        4, "ham: error[HAM-E452]: no rows", 2,
+    )  # fmt: skip
+    # what meets all alike is told by each itself
+    assert second.end_together(InputRefused("E452", "no rows")) is None
+    first._news = News(1, 4, "E452", ("line",))
+    assert first.end_together(InputRefused("E453", "no column")) is None
+
+
+def test_news_of_the_dead_is_an_error_of_the_machine():
+    found = error_of(News(2), 4)
+    assert (found.code, found.exit_code) == ("E545", 5)
+    assert "process 2 of 4" in found.line()

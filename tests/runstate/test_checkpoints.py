@@ -279,6 +279,14 @@ def test_a_damaged_step_is_replaced_when_the_run_reaches_it_again(run):
         assert (found.step, notes) == (2, ())
 
 
+def test_a_step_that_was_gone_back_behind_is_written_anew(run):
+    save(run, 1, 2)
+    run.load(1)
+    run.save(2, pico.tensors(7), pico.values(2))
+    found = run.load(2).tensors("model")["weight"]
+    assert torch.equal(found, pico.tensors(7)["model"]["weight"])
+
+
 def test_damaged_later_checkpoints_go_once_two_sound_ones_are_there(run):
     save(run, 5, 10)
     os.truncate(run.checkpoints.path(10) / "model.safetensors", 3)

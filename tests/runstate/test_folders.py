@@ -55,6 +55,13 @@ def test_out_and_model_may_not_hold_each_other_by_any_spelling(model):
     assert pico.contents(model) == before
 
 
+def test_a_place_that_is_spelled_through_the_model_lies_in_it(model, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (model / "inside").symlink_to(tmp_path / "elsewhere")
+    refused("E110", model / "inside" / "out", inputs=[model])
+    check_out(tmp_path / "elsewhere" / "out", inputs=[model / "config.json"])
+
+
 def test_out_beside_the_model_or_sharing_the_start_of_its_name_is_fine(model):
     for name in ("dense-sparse", "dens", "dense.run2", "Dense2"):
         assert check_out(model.parent / name, inputs=[model]) == model.parent / name

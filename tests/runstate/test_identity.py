@@ -1,8 +1,9 @@
 import json
+from pathlib import Path
 
 import pytest
 
-from hamcli.errors import NoRunCheckpoint
+from hamcli.errors import NoRunCheckpoint, ResourceError
 from hamcli.runstate import RunState, installed_versions
 from hamcli.runstate.identity import differences, warnings
 from tests.runstate import pico
@@ -104,6 +105,27 @@ def test_another_device_in_the_recipe_is_no_other_run():
     now = pico.identity(recipe=recipe(device="cuda"), device="cuda:0")
     assert differences(pico.identity(), now) == []
     assert len(warnings(pico.identity(), now)) == 1
+
+
+@pytest.mark.parametrize(
+    "changes", [{"parallel": "ddp"}, {"trackers": ["tensorboard"]}, {"device": "cuda"}], ids=str
+)
+def test_places_and_watchers_in_the_recipe_are_no_other_run(changes):
+    assert differences(pico.identity(), pico.identity(recipe=recipe(**changes))) == []
+    assert differences(pico.identity(), pico.identity(recipe={"training": changes})) != []
+
+
+def test_a_record_that_may_not_be_read_is_not_called_damaged(tmp_path, monkeypatch):
+    saved_run(tmp_path / "o")
+
+    def forbidden(self):
+        raise PermissionError(13, "Permission denied", str(self))
+
+    with RunState(tmp_path / "o", resume=True) as again:
+        monkeypatch.setattr(Path, "read_bytes", forbidden)
+        with pytest.raises(ResourceError, match=r"E502.*run\.json"):
+            again.begin(pico.identity())
+        monkeypatch.undo()
 
 
 def test_the_same_run_has_no_differences_and_no_warnings(tmp_path):

@@ -222,3 +222,29 @@ def test_modes_of_the_lock_follow_the_umask(tmp_path):
         lock.release()
     finally:
         os.umask(before)
+
+
+def test_a_mark_that_was_emptied_is_nobody_elses(tmp_path):
+    lock = RunLock(tmp_path)
+    os.truncate(tmp_path / "lock", 0)
+    lock.check()
+    assert lock.is_held()
+    (tmp_path / "lock").write_text('{"pid": 1, "host": "elsewhere"}')
+    with pytest.raises(OutputLocked, match=r"E602.*process 1 on elsewhere"):
+        lock.check()
+    assert not lock.is_held()
+    lock.release(remove=True)
+    assert (tmp_path / "lock").exists()  # another's now
+
+
+def test_a_lock_whose_mark_cannot_be_written_is_let_go(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space") as caught:
+        RunLock(tmp_path)
+    monkeypatch.undo()
+    RunLock(tmp_path).release(remove=True)
+    assert caught.value.errno == 28  # its frames, and so the first lock, have lived until now
+    assert list(tmp_path.iterdir()) == []

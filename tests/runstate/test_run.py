@@ -163,6 +163,7 @@ def test_a_foreign_folder_is_replaced_but_never_emptied(tmp_path):
     elsewhere.mkdir()
     (elsewhere / "model.safetensors").write_text("mine too")
     (out / "photo.jpg").write_text("mine")
+    (out / "report.json").write_text('{"of": "another program"}')
     (out / "model").symlink_to(elsewhere)
     notes = published(out, overwrite=True)
     assert "kept" in notes[0]

@@ -141,3 +141,105 @@ def test_what_is_measured_is_the_whole_call():
     module._state_was_checked = False
     assert set(Calibration().times(module, 4)) == {"dense", "csr"}
     assert all(seen)
+
+
+# ---- when dense runs ----
+
+
+def counted(calls):
+    """A module whose only kernel counts its calls."""
+    model = network()
+    use_runtime_(model, "csr")
+    module = model[0]
+    kernel = module._kernels["csr"]
+
+    def noted(x, bias):
+        assert x.is_contiguous()
+        calls.append(tuple(x.shape))
+        return kernel(x, bias)
+
+    module._kernels["csr"] = noted
+    return module
+
+
+def test_inputs_of_any_shape_and_layout_take_the_kernel():
+    calls = []
+    module = counted(calls)
+    x = normal(48, 5, 3, seed=1).permute(2, 1, 0)
+    with torch.inference_mode():
+        found = module(x)
+        expected = module.multiply_dense(x)
+    assert calls == [(15, 48)]
+    assert found.shape == (3, 5, 40)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_kernel_runs_only_for_what_it_was_made_for():
+    calls = []
+    module = counted(calls)
+    x = normal(4, 48, seed=1)
+    with torch.inference_mode():
+        assert module(x[:0]).shape == (0, 40)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert module(x).dtype == torch.bfloat16
+        with pytest.raises(RuntimeError):  # as the dense module
+            module(x.double())
+    wanting = x.clone().requires_grad_()
+    assert module(wanting).requires_grad
+    module.bias.requires_grad_(True)
+    assert module(x).requires_grad
+    module.bias.requires_grad_(False)
+    assert calls == []
+    with torch.inference_mode():
+        module(x)
+    assert len(calls) == 1
+    module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
+    with torch.inference_mode():
+        module(x)
+    assert len(calls) == 1
+
+
+def test_plans_do_not_grow_without_end(monkeypatch):
+    from hamcli.runtime import modules
+
+    monkeypatch.setattr(modules, "MOST_PLANS", 3)
+    module = counted([])
+    for rows in range(1, 9):
+        with torch.inference_mode():
+            module(normal(rows, 48, seed=1))
+        assert len(module._plans) <= 3
+
+
+def test_subclasses_of_linear_are_left_alone():
+    class Other(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    model = nn.Sequential(Other(8, 8))
+    with torch.no_grad():
+        model[0].weight[:4] = 0.0
+    assert use_runtime_(model, "csr") == ()
+
+
+def test_auto_asks_only_of_modules_that_are_half_zeros(monkeypatch):
+    monkeypatch.setattr(Calibration, "times", lambda *_: {"dense": 1.0, "csr": 0.1, "native": 1.0})
+    for zeros, auto, csr in ((31, (), ("0",)), (32, ("0",), ("0",)), (0, (), ())):
+        for runtime, replaced in (("auto", auto), ("csr", csr)):
+            model = nn.Sequential(nn.Linear(8, 8))
+            with torch.no_grad():
+                model[0].weight.fill_(1.0).view(-1)[:zeros] = 0.0
+            assert use_runtime_(model, runtime) == replaced
+
+
+def test_one_number_of_rows_that_gains_is_enough(monkeypatch):
+    monkeypatch.setattr(
+        Calibration, "times", lambda _, module, rows: {"dense": 1.0, "csr": 1.0 / rows}
+    )
+    assert use_runtime_(network(), "auto", rows=(1, 64)) == ("0", "2")
+    assert use_runtime_(network(), "auto", rows=(1,)) == ()
+
+
+def test_times_that_were_measured_are_kept(tmp_path):
+    calibration = Calibration(tmp_path / "times.json")
+    use_runtime_(network(), "auto", rows=(1,), calibration=calibration)
+    assert len((tmp_path / "times.json").read_text()) > 2

@@ -7,6 +7,7 @@ import torch
 
 from hamcli.checkpoint.headers import FLOATS, read_header
 from hamcli.errors import RecipeError
+from hamcli.sparsity.architectures import FAMILIES as KNOWN
 from hamcli.sparsity.families import Undecided, by_family, by_names
 from hamcli.sparsity.targets import select_targets
 
@@ -108,6 +109,16 @@ def test_every_parameter_is_counted_once(saved):
     found = by_family(config, shapes, ["*"], None)
     count = sum(torch.Size(shapes[name]).numel() for name in found.parameters)
     assert count == sum(param.numel() for param in model.parameters())
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_prefix_and_tie_are_those_of_the_architecture(name):
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_MAPPING
+
+    config, family = AutoConfig.for_model(name), KNOWN[name]
+    assert MODEL_MAPPING[type(config)].base_model_prefix == family.prefix
+    assert family.is_tied == bool(family.embedding and config.tie_word_embeddings)
 
 
 def test_what_is_not_known_is_not_guessed():
