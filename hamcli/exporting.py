@@ -176,12 +176,15 @@ def _export_file(
 ) -> dict[str, int]:
     if out.is_dir():
         raise UsageError("E111", "cannot be an output file", out, "it is a folder", "a file name")
+    if out.suffix != ".safetensors":  # nothing reads a file of weights by another name
+        raise UsageError("E111", "cannot be an output file", out, "", "a name in .safetensors")
     if out.exists() and out.samefile(source):
         raise UsageError("E110", "would write into its own input", out, right="another --out")
     if out.exists() and not overwrite:
         raise UsageError("E112", "the output file exists", out, right="another, or --overwrite")
     stage = out.with_name(f".{out.name}.{uuid.uuid4().hex}")
     with raise_on_signals() as guard, disk_errors("cannot write the checkpoint", out):
+        out.parent.mkdir(parents=True, exist_ok=True)
         try:
             guard.arm()
             size = (pack_file if form == "packed" else restore_file)(source, stage, advance)

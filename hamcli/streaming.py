@@ -31,7 +31,7 @@ from hamcli.checkpoint.source import Source, find_bare, find_model, find_weights
 from hamcli.checkpoint.stream import Shard, Writer, open_shards
 from hamcli.completing import public_recipe
 from hamcli.cutting import Found, cut_files, parts_of, passes, shapes_of
-from hamcli.errors import InputRefused, RecipeError
+from hamcli.errors import InputRefused, RecipeError, UsageError
 from hamcli.native import bits as magnitudes
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe, effective_text
@@ -63,7 +63,12 @@ HASHED_UP_TO = 2**30
 
 
 def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -> Report:
-    """Zero weights exactly, by files alone if they tell enough, else through memory."""
+    """Zero weights exactly, by files alone if they tell enough, else through memory.
+
+    Raises:
+        UsageError: E106, a method that trains, or several targets, are asked for.
+    """
+    _refuse_training(read)
     if not (why := _needs_memory(read.recipe)):
         try:
             return prune_files(read, out=out, overwrite=overwrite, progress=progress)
@@ -75,6 +80,25 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
     from hamcli.pruning import prune as prune_in_memory
 
     return prune_in_memory(read, out=out, overwrite=overwrite, progress=progress)
+
+
+def _refuse_training(read: ReadRecipe) -> None:
+    """Refuse what one shot cannot give; a recipe for training may be pruned by, a word may not."""
+    section = read.recipe.sparsity
+    place = read.place("sparsity", "method")
+    if section.levels is not None:
+        where = read.place("sparsity", "target")
+        raise UsageError(
+            "E106", "several targets from one run", where, "", "one, or ham sparsify --method ast"
+        )
+    if place.startswith("--") and section.method not in ("one-shot", *WITHOUT_TRAINING):
+        raise UsageError(
+            "E106",
+            "the method trains",
+            place,
+            section.method,
+            f"ham sparsify --method {section.method}, or {', '.join(WITHOUT_TRAINING)}",
+        )
 
 
 def _needs_memory(recipe: Recipe) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,13 @@ def test_the_effective_recipe_gives_the_same_bytes(sparse, tmp_path):
     ham("sparsify", "--recipe", sparse[0] / "recipe.yaml", "--out", "again", cwd=tmp_path)
     again = (tmp_path / "again" / "model.safetensors").read_bytes()
     assert again == (sparse[0] / "model.safetensors").read_bytes()
+
+
+def test_the_line_that_measures_quality_can_be_run_as_it_stands(tmp_path):
+    shutil.copytree(RESNET, tmp_path / "models" / "of mine")
+    words = ("models/of mine", "--target", "0.5", "--out", "half of it")
+    done = ham("prune", *words, cwd=tmp_path)
+    assert "ham eval 'half of it' --against 'models/of mine'" in done.stdout
 
 
 def test_check_passes_and_fails(sparse, tmp_path):

@@ -106,6 +106,17 @@ def test_an_output_file_may_not_be_a_folder_the_input_or_there(tmp_path):
     assert (tmp_path / "old.safetensors").read_bytes() != b"old"
 
 
+def test_an_output_file_by_another_name_is_refused_as_nothing_would_read_it(tmp_path):
+    source = Path(shutil.copy(FILE, tmp_path / "m.safetensors"))
+    assert "a name in .safetensors" in refused("E111", "packed", source, tmp_path / "packed")
+    assert sorted(tmp_path.iterdir()) == [source]
+
+
+def test_folders_above_an_output_file_are_made(tmp_path):
+    found = to("packed", FILE, tmp_path / "a" / "b" / "m.safetensors")
+    assert found.packed_bytes == (tmp_path / "a" / "b" / "m.safetensors").stat().st_size
+
+
 def test_a_folder_may_not_be_written_into_itself(tmp_path):
     shutil.copytree(RESNET, tmp_path / "m")
     refused("E110", "packed", tmp_path / "m", tmp_path / "m", overwrite=True)

@@ -20,7 +20,7 @@ from hamcli.checkpoint.source import find_model
 from hamcli.completing import complete
 from hamcli.errors import HamError
 from hamcli.progress import Silent
-from hamcli.recipe import values_layer
+from hamcli.recipe import recipe_layer, values_layer
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.targets import select_targets
 from hamcli.streaming import prune, prune_files
@@ -422,6 +422,34 @@ def test_a_glob_that_fits_nothing_is_told_with_its_key(key, code, tmp_path):
     with pytest.raises(HamError, match=code) as caught:
         by_files(RESNET, tmp_path / "out", **{key: ["nowhere*"], "sparsity.target": 0.5})
     assert caught.value.where == f"test: {key}"
+
+
+@pytest.mark.parametrize(
+    ("place", "settings"),
+    [
+        ("--method", {"sparsity.method": "random"}),
+        ("--set", {"sparsity.method": "ac-dc"}),
+        ("--target", {"sparsity.target": [0.5, 0.8]}),
+    ],
+)
+def test_what_one_shot_cannot_give_is_refused_not_passed_over(place, settings, tmp_path):
+    layers = [values_layer({"model.id": str(RESNET), **settings}, place)]
+    with pytest.raises(HamError, match=f"E106.*{place}: sparsity"):
+        prune(
+            complete(layers, has_recipe=False),
+            out=tmp_path / "o",
+            overwrite=False,
+            progress=Silent(),
+        )
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_recipe_for_training_says_by_what_one_shot_prunes(tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(f"model: {{id: {RESNET}}}\nsparsity: {{method: ac-dc, target: 0.5}}\n")
+    read = complete([recipe_layer(str(path))], has_recipe=True)
+    report = prune(read, out=tmp_path / "o", overwrite=False, progress=Silent())
+    assert (report.sparsity.method, report.sparsity.target) == ("one-shot", 0.5)
 
 
 def test_a_config_that_names_nothing_of_a_place_stays_byte_for_byte(tmp_path):

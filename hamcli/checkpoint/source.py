@@ -347,13 +347,14 @@ def _refuse_weights(folder: Path) -> NoReturn:
         )
     others = [name for name in names if name.endswith(".safetensors")]
     if others:
+        config = f" --config {folder}" if "config.json" in names else ""
         raise InputRefused(
             "E407",
             "no model.safetensors",
             folder,
             f"there is {others[0][:80]}",
             "model.safetensors or an index of shards",
-            [f"name the file itself: {folder / others[0]} --config {folder}"],
+            [f"name the file itself: {folder / others[0]}{config}"],
         )
     foreign = [name for name in names if name.lower().endswith(_FOREIGN)]
     if foreign:

@@ -23,6 +23,7 @@ from hamcli.cli.words import (
     ParallelWord,
     PatternWord,
     PruneMethodWord,
+    PruneTargetWord,
     QuietWord,
     RecipeWord,
     SeedWord,
@@ -122,14 +123,14 @@ def sparsify(
             progress=watcher,
             command=shlex.join(["ham", *sys.argv[1:]]),
         )
-    show_report(screen, report, folder)
+    show_report(screen, report, folder, model=read.recipe.model.id)
 
 
 @app.command()
 def prune(
     ctx: typer.Context,
     model: ModelWord = None,
-    target: TargetWord = None,
+    target: PruneTargetWord = None,
     recipe: RecipeWord = None,
     setting: SetWords = None,
     out: OutWord = None,
@@ -160,7 +161,7 @@ def prune(
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
         report = prune_model(read, out=folder, overwrite=overwrite, progress=watcher)
-    show_report(screen, report, folder)
+    show_report(screen, report, folder, model=read.recipe.model.id)
 
 
 @app.command()

@@ -1,5 +1,6 @@
 """What commands show on a terminal: records as tables and lines."""
 
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,8 @@ from hamcli.console import Screen, duration, facts, size, table
 from hamcli.errors import GateFailed
 
 
-def show_report(screen: Screen, report: Any, folder: Path) -> None:
-    """Sparsity, quality and size of a finished run.
+def show_report(screen: Screen, report: Any, folder: Path, *, model: str | None = None) -> None:
+    """Sparsity, quality and size of a finished run; `model` as it was named, for a line to run.
 
     Raises:
         GateFailed: E301, a gate of the report is not met.
@@ -31,7 +32,8 @@ def show_report(screen: Screen, report: Any, folder: Path) -> None:
                 ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
             )
     else:
-        rows.append(("quality", "not measured", f"ham eval {folder} --against {report.model.id}"))
+        words = ["ham", "eval", str(folder), "--against", model or report.model.id]
+        rows.append(("quality", "not measured", shlex.join(words)))
     rows.append(("size", size(report.size.dense_bytes), _other_sizes(report.size)))
     screen.result(
         report.to_dict(),

@@ -19,6 +19,7 @@ TargetWord = Annotated[
     str | None,
     typer.Option("--target", help="Sparsity, 0 to 1; several, as 0.5,0.8,0.9, with method ast."),
 ]
+PruneTargetWord = Annotated[str | None, typer.Option("--target", help="Sparsity, 0 to 1.")]
 RecipeWord = Annotated[
     str | None, typer.Option("--recipe", help="Shipped recipe or YAML file; default by task.")
 ]

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from hamcli.checkpoint.config import infer_task
-from hamcli.checkpoint.source import find_model
+from hamcli.checkpoint.source import find_model, find_weights
+from hamcli.errors import HamError
 from tests.checkpoint.pico import (
     edit_config,
     edit_tensors,
@@ -185,6 +186,16 @@ def test_adapter_is_no_model(tmp_path: Path) -> None:
 def test_other_safetensors_in_a_folder_are_pointed_at(tmp_path: Path) -> None:
     write_header(tmp_path / "other.safetensors", {})
     refusal("E407", "other.safetensors", find_model, str(tmp_path))
+
+
+@pytest.mark.parametrize("has_config", [False, True])
+def test_the_hint_names_a_config_that_is_there(has_config: bool, tmp_path: Path) -> None:
+    write_header(tmp_path / "other.safetensors", {})
+    if has_config:
+        (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(HamError) as caught:
+        find_weights(tmp_path)
+    assert ("--config" in caught.value.lines()[1]) == has_config
 
 
 def test_folder_that_may_not_be_read_is_a_permission_error(tmp_path: Path) -> None:
