@@ -66,6 +66,7 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
         recipe.data,
         task=task,
         tokenizer=loaded.tokenizer,
+        no_tokenizer=loaded.no_tokenizer,
         image_processor=loaded.image_processor,
         config=loaded.model.config,
     )

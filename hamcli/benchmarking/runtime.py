@@ -141,7 +141,8 @@ def bench_runtime(
         progress: Who watches.
         config: config.json of a bare file.
         target: Prune in one shot to it, in memory, before measuring.
-        shapes: Rows and tokens of each input; rows alone count for a model of images.
+        shapes: Rows and tokens of each input, tokens up to the model's positions; rows alone count
+            for a model of images.
         threads: Each is measured by itself; torch is left as it was.
         rounds: How often each runtime is timed.
         calibration: Times of modules; by default those of this machine's cache.
@@ -165,13 +166,12 @@ def bench_runtime(
         shapes = tuple(dict.fromkeys((rows, 0) for rows, _ in shapes))
     elif not all(tokens for _, tokens in shapes):
         raise UsageError("E108", "shapes without tokens", "--shapes", "", "as 1x8,8x128")
+    else:  # what is told is what ran: a model has so many positions and no more
+        shapes = tuple(dict.fromkeys((rows, longest(dense, tokens)) for rows, tokens in shapes))
     inputs = {
-        shape: random_inputs(
-            dense, shape[0], longest(dense, shape[1]), names=names,
-            processor=loaded.image_processor,
-        )
+        shape: random_inputs(dense, *shape, names=names, processor=loaded.image_processor)
         for shape in shapes
-    }  # fmt: skip
+    }
     times = calibration or Calibration(cache_path())
     before = torch.get_num_threads()
     cells: list[RuntimeCell] = []

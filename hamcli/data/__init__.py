@@ -81,7 +81,13 @@ def _sorted_names(names: set[str]) -> list[str]:
 
 
 def open_data(
-    section: DataSection, *, task: str, tokenizer: Any, image_processor: Any, config: Any
+    section: DataSection,
+    *,
+    task: str,
+    tokenizer: Any,
+    no_tokenizer: str = "",
+    image_processor: Any,
+    config: Any,
 ) -> Data:
     """Read, split and prepare the data of a run.
 
@@ -89,6 +95,7 @@ def open_data(
         section: The recipe's words on data.
         task: What the model does.
         tokenizer: Of the model; needed for text.
+        no_tokenizer: Why there is none.
         image_processor: Of the model, or None.
         config: The model's config: its labels, sizes and channels.
 
@@ -115,7 +122,7 @@ def open_data(
             "E459",
             "the model has no tokenizer",
             "data",
-            "text needs one",
+            no_tokenizer or "text needs one",
             "tokenizer files beside it",
         )
     return _text_data(section, train, held, task, tokenizer, config)

@@ -104,6 +104,12 @@ def test_every_losing_cell_is_named():
     assert text.endswith("onnxruntime: no reason.")
 
 
+def test_a_cell_is_named_by_the_tokens_that_ran_not_by_those_asked_for(folder):
+    positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
+    found = bench(folder, shapes=[(1, positions + 1), (1, 9999), (1, 4)])
+    assert {cell.shape for cell in found.cells} == {f"1 x {positions}", "1 x 4"}
+
+
 def test_a_text_model_needs_tokens(folder):
     pico.refusal("E108", "without tokens", bench, folder, shapes=[(1, 0)])
 

@@ -14,6 +14,10 @@ import torch
 from hamcli.checkpoint.loading import has_head, load_model, quiet_transformers
 from hamcli.checkpoint.reading import read_tensor
 from hamcli.checkpoint.source import Source, find_model
+from hamcli.completing import complete
+from hamcli.opening import open_run
+from hamcli.progress import Silent
+from hamcli.recipe import values_layer
 from tests.checkpoint.pico import (
     EVIL,
     bert,
@@ -130,6 +134,12 @@ def test_missing_tokenizer_is_none_with_the_reason(folder: Path) -> None:
     loaded = load(folder)
     assert loaded.tokenizer is None
     assert "no tokenizer files" in loaded.no_tokenizer
+
+
+def test_data_that_need_a_tokenizer_are_refused_with_why_there_is_none(folder: Path) -> None:
+    words = {"model.id": str(folder), "model.task": "causal-lm"}
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    refusal("E459", "no tokenizer files", open_run, read, Silent())
 
 
 def test_image_processor_is_found(tmp_path: Path) -> None:
