@@ -4,6 +4,7 @@ A terminal gets a live display; anything else gets plain lines, at most one in t
 colour. A reader that goes away (a closed pipe) never stops a run.
 """
 
+import errno
 import json
 import sys
 import time
@@ -108,9 +109,19 @@ class Screen:
         self._raw(text.rstrip("\n"))
 
     def _raw(self, text: str) -> None:
-        stream = Unbreakable(sys.stdout)
-        stream.write(text + "\n")
-        stream.flush()
+        """Print what a program reads: half of it on a full disk is an error, a reader gone is none.
+
+        Raises:
+            OSError: The system refuses; not for a closed pipe.
+        """
+        try:
+            sys.stdout.write(text + "\n")
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EPIPE:
+                raise
+        except ValueError:  # closed
+            pass
 
     def watcher(self, command: str) -> "LiveWatcher | PlainWatcher":
         """Who shows the progress of a long job here."""

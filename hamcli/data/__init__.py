@@ -428,5 +428,7 @@ def _unknown_note(first: texts.TokenSet, tokenizer: Any, is_builtin: bool) -> st
     share = sum(token == unknown for row in chosen for token in row) / max(1, total)
     if share <= UNKNOWN_LIMIT:
         return ""
-    what = "the built-in sample does" if is_builtin else "this data does"
-    return f"{share:.0%} of the tokens are unknown to the model: {what} not suit it; pass --data"
+    what = "the built-in sample does not suit it; pass --data"
+    if not is_builtin:
+        what = "this data does not suit it"
+    return f"{share:.0%} of the tokens are unknown to the model: {what}"

@@ -200,3 +200,11 @@ def test_only_the_first_token_of_a_word_has_its_tag():
     ids, labels = align_tags(Halves(), [["one", "two"]], [[3, 5]], 16)
     assert ids == [[0, 1, 2, 3, 4, 5]]
     assert labels == [[-100, 3, -100, 5, -100, -100]]
+
+
+def test_who_gave_data_that_do_not_suit_the_model_is_not_told_to_give_data(tmp_path, monkeypatch):
+    monkeypatch.setattr(Letters, "unk_token_id", ord("?"))
+    path = write(tmp_path / "t.jsonl", [{"text": "?" * 9}] * 40)
+    (note,) = opened("feature-extraction", source=path).notes
+    assert "are unknown to the model" in note
+    assert "--data" not in note

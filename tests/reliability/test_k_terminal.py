@@ -65,6 +65,9 @@ def test_K1_full_device(server: Server, tmp_path: Path, reference: dict[str, byt
     assert_same(out, reference)
     # an error is still told by its code
     assert server.run(["check", "absent"], cwd=tmp_path, stdout=full, stderr=full).code == 4
+    # half a document is no result
+    path = str(server.tiny / "untied")
+    assert server.run(["inspect", path, "--json"], cwd=tmp_path, stdout=full).code == 5
     os.close(full)
 
 
