@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from hamcli.checkpoint.source import find_model, infer_task, is_bare
-from hamcli.defaults import RECIPE_OF_TASK
+from hamcli.defaults import recipe_of
 from hamcli.recipe import ReadRecipe, Recipe, read_recipe, recipe_layer, values_layer
 from hamcli.recipe.text import KeyPath, Parsed
 
@@ -22,8 +22,9 @@ def complete(layers: Sequence[Any], *, has_recipe: bool) -> ReadRecipe:
         if task == "auto" and isinstance(model, str) and not is_bare(model, config):
             source = find_model(model, config=config, hashed=False)
             task = infer_task(source.config)
-        if task in RECIPE_OF_TASK:
-            layers.insert(0, recipe_layer(RECIPE_OF_TASK[task]))
+        name = recipe_of(task, _last(said, "sparsity", "target"))
+        if name is not None:
+            layers.insert(0, recipe_layer(name))
             layers.insert(1, values_layer({"model.task": task}, "task"))
     said = [layer.data for layer in layers]
     pattern = _last(said, "sparsity", "pattern")

@@ -1,6 +1,7 @@
 """What a run is when the user says little: the recipe of its task, the name of its folder."""
 
 from pathlib import Path
+from typing import Any
 
 RECIPE_OF_TASK = {
     "feature-extraction": "text-encoder-90",
@@ -10,6 +11,25 @@ RECIPE_OF_TASK = {
     "token-classification": "text-classifier-90",
     "image-classification": "image-classifier-95",
 }
+
+MASKED_LM_STRONGER_FROM = 0.9
+"""Sparsity from which a masked language model gains by the recipe for 95 %."""
+
+
+def recipe_of(task: str | None, target: Any) -> str | None:
+    """Name of the shipped recipe for a task at a sparsity; None for a task without one.
+
+    Args:
+        task: As transformers names it.
+        target: As the user wrote it, unchecked; None where nothing was said.
+    """
+    if (
+        task == "masked-lm"
+        and isinstance(target, int | float)
+        and target >= MASKED_LM_STRONGER_FROM
+    ):
+        return "masked-lm-95"
+    return RECIPE_OF_TASK.get(task or "")
 
 
 def compare_folder(model: str) -> Path:

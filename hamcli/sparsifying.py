@@ -475,7 +475,8 @@ class Sparsification:
             return
         weights = sum(param.numel() for param in self.model.parameters()) * 4
         more = COPIES.get(self.recipe.sparsity.method, 0) * self.targets.total * 4
-        self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=weights)
+        copies = 2 if self.world.is_sharded else 1  # what was gathered waits on the disk
+        self.run.check_space(checkpoint_bytes=3 * weights + more, model_bytes=copies * weights)
 
     def _stop_here(self) -> None:
         """End the run if a signal came to process 0, which ends the others."""

@@ -220,6 +220,7 @@ def test_minilm_by_its_default_recipe_in_few_steps(tmp_path):
     [
         ("quick", "masked-lm"),
         ("masked-lm-80", "masked-lm"),
+        ("masked-lm-95", "masked-lm"),
         ("text-encoder-90", "feature-extraction"),
         ("text-classifier-90", "text-classification"),
         ("causal-lm-50", "causal-lm"),

@@ -34,6 +34,9 @@ from hamcli.checkpoint.sidefiles import copy_side_files, has_any, pretty
 from hamcli.checkpoint.source import Source
 from hamcli.errors import ResourceError
 
+ON_DISK_FROM = 2**20
+"""Bytes from which a gathered tensor waits on the disk."""
+
 
 @dataclass(frozen=True, slots=True)
 class WrittenFile:
@@ -81,7 +84,8 @@ def write_model(
         tokenizer: Saved where the source has no files of one.
         image_processor: The same.
         gather: Of a model that is cut over processes, a parameter to the whole tensor; it is asked
-            for each of `stored_tensors`, in their order.
+            for each of `stored_tensors`, in their order. The tensors wait on the disk until all
+            are there, which takes the room of the model once more.
 
     Raises:
         ResourceError: The disk is full, or may not be written.
@@ -90,8 +94,8 @@ def write_model(
     assert not any(stage.iterdir()), "save_pretrained deletes shards that it finds"
     main = _main_dtype(model)
     target = _target_dtype(source, dtype, main)
-    state = _state(model, main, target, gather)
     try:
+        state = _state(model, main, target, gather, stage)
         with quiet_transformers():
             _save(model, state, stage, max_shard_size)
             if not has_any(source, TOKENIZER) and tokenizer is not None:
@@ -163,14 +167,39 @@ def stored_tensors(model: nn.Module) -> list[Tensor]:
 
 
 def _gathered_state(
-    model: nn.Module, main: torch.dtype, target: torch.dtype, gather: Callable[[Tensor], Tensor]
+    model: nn.Module,
+    main: torch.dtype,
+    target: torch.dtype,
+    gather: Callable[[Tensor], Tensor],
+    folder: Path,
 ) -> dict[str, Tensor]:
-    """As `_state`, one tensor after the other: only narrow copies are whole at the same time."""
+    """As `_state`, one tensor after the other: a model that is cut fits in no single memory."""
     made = {
-        id(one): _stored(gather(one), target if one.dtype == main else one.dtype)
+        id(one): _on_disk(_stored(gather(one), target if one.dtype == main else one.dtype), folder)
         for one in stored_tensors(model)
     }
     return {name: made[id(one)] for name, one in model.state_dict(keep_vars=True).items()}
+
+
+def _on_disk(tensor: Tensor, folder: Path) -> Tensor:
+    """A copy whose memory is a file without a name, which the system may write out at any time.
+
+    Its room is taken before it is mapped, where the system can, so that a full disk is an error and
+    no signal.
+    """
+    if tensor.nbytes < ON_DISK_FROM:
+        return tensor.clone()
+    path = folder / ".gathered"
+    try:
+        with path.open("xb") as out:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(out.fileno(), 0, tensor.nbytes)
+            else:
+                out.truncate(tensor.nbytes)
+        held = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=tensor.dtype)
+    finally:
+        path.unlink(missing_ok=True)
+    return held.reshape(tensor.shape).copy_(tensor)
 
 
 def _state(
@@ -178,13 +207,14 @@ def _state(
     main: torch.dtype,
     target: torch.dtype,
     gather: Callable[[Tensor], Tensor] | None,
+    folder: Path,
 ) -> dict[str, Tensor]:
     """The state to write, on the CPU; what was tied is still one tensor.
 
     Parameters that are wider than the rest stay so: transformers keeps them wide on purpose.
     """
     if gather is not None:
-        return _gathered_state(model, main, target, gather)
+        return _gathered_state(model, main, target, gather, folder)
     made: dict[tuple[Any, ...], Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():

@@ -395,6 +395,7 @@ def compare(
         from hamcli.comparison import compare as compare_methods
         from hamcli.completing import complete
         from hamcli.defaults import compare_folder
+        from hamcli.recipe import values_layer
 
         grid = Grid(
             tuple(listed(methods, str, "--methods")),
@@ -403,6 +404,8 @@ def compare(
             switches(ham),
             trials,
         )
+        if grid.targets:  # every run says its own; the recipe of the task may hang on it
+            layers.append(values_layer({"sparsity.target": max(grid.targets)}, "--targets"))
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or compare_folder(read.recipe.model.id or "")
         found = compare_methods(read, grid, out=folder, keep=keep, progress=watcher)

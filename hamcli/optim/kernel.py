@@ -139,7 +139,8 @@ def _step_block(
         mask_at = _pointer(row + 3, start, tl.uint8, ALIGNED) + offsets
         # a tensor without a mask, among others that have one, has address 0 there
         has_mask = tl.load(row + 3) != 0
-        keep = tl.load(mask_at, mask=inside & has_mask, other=1) != 0
+        # where, not &: Triton 3.9's interpreter makes integers of two bools
+        keep = tl.load(mask_at, mask=tl.where(has_mask, inside, False), other=1) != 0
 
     slope = g  # what the base step descends; the mirror step sees g
     if HAS_DECAY:

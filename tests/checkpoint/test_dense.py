@@ -1,9 +1,11 @@
+import errno
 import hashlib
 import json
 import os
 import resource
 import shutil
 import stat
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from hamcli.checkpoint import dense
 from hamcli.checkpoint.dense import write_model
 from hamcli.checkpoint.loading import load_model
 from hamcli.checkpoint.recount import count_zeros
@@ -108,6 +111,48 @@ def test_same_model_gives_the_same_bytes_each_time(tmp_path: Path) -> None:
         write_model(model, source, tmp_path / str(index), max_shard_size="20KB")
         trees.append(tree(tmp_path / str(index)))
     assert all(one == trees[0] for one in trees)
+
+
+def test_gathered_tensors_wait_on_the_disk_one_whole_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = llama(tie_word_embeddings=True)
+    monkeypatch.setattr(dense, "ON_DISK_FROM", 64)
+    files, lent = [], []
+
+    def gather(tensor: torch.Tensor) -> torch.Tensor:
+        assert all(one() is None for one in lent), "the whole tensor before is still held"
+        whole = tensor.detach().to(torch.float64)
+        lent.append(weakref.ref(whole))
+        return whole
+
+    def save_(model: Any, state: Any, *more: Any) -> None:
+        files.append([one.untyped_storage().filename for one in state.values()])
+        saved(model, state, *more)
+
+    saved = dense._save
+    monkeypatch.setattr(dense, "_save", save_)
+    write_model(model, None, tmp_path / "one")
+    write_model(model, None, tmp_path / "two", gather=gather)
+    assert tree(tmp_path / "one") == tree(tmp_path / "two")
+    assert not any(files[0])
+    assert len(files[1]) > 5
+    assert all(str(one).endswith("/two/.gathered") for one in files[1])
+    assert len(lent) == len(dense.stored_tensors(model))
+
+
+def test_no_room_for_a_gathered_tensor_is_a_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(dense, "ON_DISK_FROM", 64)
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(ResourceError, match="E542") as caught:
+        write_model(llama(), None, tmp_path / "out", gather=torch.Tensor.detach)
+    assert "No space left" in str(caught.value)
+    assert not list((tmp_path / "out").iterdir())
 
 
 def test_record_is_of_the_files_as_they_are(tmp_path: Path) -> None:

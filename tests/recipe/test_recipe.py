@@ -32,7 +32,14 @@ def test_shipped_recipes_are_valid_and_round_trip(name):
 
 
 def test_the_recipes_that_readers_rely_on_are_shipped():
-    wanted = {"quick", "text-encoder-90", "causal-lm-50", "masked-lm-80", "image-classifier-95"}
+    wanted = {
+        "quick",
+        "text-encoder-90",
+        "causal-lm-50",
+        "masked-lm-80",
+        "masked-lm-95",
+        "image-classifier-95",
+    }
     assert wanted <= set(shipped_names())
 
 

@@ -225,18 +225,19 @@ def test_I5_cast_out(server: Server, tmp_path: Path, dtype: str, ulp: float) -> 
 
 
 @pytest.mark.nightly
-@pytest.mark.xfail(reason="with no address space left at all the command does not end")
 def test_I6_oom(server: Server, tmp_path: Path, figure: Any) -> None:
     """Too little address space, anywhere between none and enough: one line and code 5."""
+    more = ["--set", "training.batch_size=2048", "--set", "training.steps=2"]
     codes: list[int] = []
-    for number, limit in enumerate(range(0, 160, 4)):
-        out = tmp_path / str(number) / "out"
+    while codes[-2:] != [0, 0]:
+        out = tmp_path / str(len(codes)) / "out"
         out.parent.mkdir()
-        done = server.run(long_job(server, out), limit_bytes=limit * 2**20)
+        limit = len(codes) * 8 * 2**20
+        done = server.run(tiny.sparsify(server.tiny, out, *more), limit_bytes=limit)
         codes.append(done.code)
         if done.code:
             assert_clean_error(done, 5, "E543|memory")
             assert judge.sound_steps(out)[1] == []
             assert not out.exists()
     figure(limits=len(codes), refused=codes.count(5), done=codes.count(0))
-    assert codes.count(5) >= 3
+    assert codes.count(5) >= 10
