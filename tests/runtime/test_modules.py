@@ -171,6 +171,7 @@ def test_inputs_of_any_shape_and_layout_take_the_kernel():
         expected = module.multiply_dense(x)
     assert calls == [(15, 48)]
     assert found.shape == (3, 5, 40)
+    assert found.is_contiguous()
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
