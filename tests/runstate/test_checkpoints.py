@@ -63,6 +63,14 @@ def test_loaded_tensors_may_be_changed_without_changing_the_checkpoint(run):
     assert run.load(1).tensors("model")["weight"].any()
 
 
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="reads /proc")
+def test_loaded_tensors_hold_no_file(run):
+    save(run, 1)
+    held = run.load(1).tensors("model")
+    assert held
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text()
+
+
 def test_values_come_back_equal(run):
     given = {"f": [0.1, 1e-300, -0.0], "i": 2**70, "n": None, "text": "é\n", "nested": {"a": [1]}}
     run.save(1, {}, given)

@@ -57,8 +57,9 @@ def test_out_and_model_may_not_hold_each_other_by_any_spelling(model):
 
 def test_a_place_that_is_spelled_through_the_model_lies_in_it(model, tmp_path):
     (tmp_path / "elsewhere").mkdir()
-    (model / "inside").symlink_to(tmp_path / "elsewhere")
-    refused("E110", model / "inside" / "out", inputs=[model])
+    (model / "a").mkdir()
+    (model / "a" / "inside").symlink_to(tmp_path / "elsewhere")
+    refused("E110", model / "a" / "inside" / "out", inputs=[model])
     check_out(tmp_path / "elsewhere" / "out", inputs=[model / "config.json"])
 
 

@@ -63,6 +63,21 @@ def test_leaving_by_an_exception_finishes_nothing_and_keeps_the_checkpoints(tmp_
     assert not list((tmp_path / "o.run").glob(".stage-*"))
 
 
+@pytest.mark.parametrize("debug", ["0", "1"])
+def test_what_ended_a_run_stands_in_its_log_and_where_if_asked_for(tmp_path, monkeypatch, debug):
+    def fail():
+        with RunState(tmp_path / "o") as run:
+            run.begin(pico.identity())
+            raise ResourceError("E501", "disk full", tmp_path)
+
+    monkeypatch.setenv("HAM_DEBUG", debug)
+    with pytest.raises(ResourceError):
+        fail()
+    log = (tmp_path / "o.run" / "ham.log").read_text()
+    assert "HAM-E501" in log
+    assert ("Traceback" in log) == (debug == "1")
+
+
 def test_a_run_that_saved_nothing_leaves_only_what_it_logged(tmp_path):
     with RunState(tmp_path / "silent"):
         pass
@@ -272,7 +287,7 @@ def test_a_finished_folder_tells_what_it_was_made_from(tmp_path):
     assert not found.is_of(pico.identity(model={}))
 
 
-@pytest.mark.parametrize("spoil", ["gone", "cut", "no report", "bad report", "not ham's"])
+@pytest.mark.parametrize("spoil", ["gone", "cut", "grown", "no report", "bad report", "not ham's"])
 def test_a_folder_that_is_not_whole_is_not_finished(tmp_path, spoil):
     out = tmp_path / "o"
     published(out)
@@ -280,6 +295,8 @@ def test_a_folder_that_is_not_whole_is_not_finished(tmp_path, spoil):
         (out / "model.safetensors").unlink()
     elif spoil == "cut":
         os.truncate(out / "model.safetensors", 3)
+    elif spoil == "grown":
+        os.truncate(out / "model.safetensors", 30)
     elif spoil == "no report":
         (out / "report.json").unlink()
     else:

@@ -171,6 +171,13 @@ def test_inputs_of_any_shape_and_layout_take_the_kernel():
         expected = module.multiply_dense(x)
     assert calls == [(15, 48)]
     assert found.shape == (3, 5, 40)
+    assert found.is_contiguous()
+    turned = normal(48, 7, seed=2).T
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            module(turned), module.multiply_dense(turned), rtol=1e-5, atol=1e-5
+        )
+    assert len(calls) == 2
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -195,6 +202,18 @@ def test_the_kernel_runs_only_for_what_it_was_made_for():
     assert len(calls) == 1
     module.weight = nn.Parameter(module.weight.detach().clone(), requires_grad=False)
     with torch.inference_mode():
+        module(x)
+    assert len(calls) == 1
+
+
+def test_dense_inside_ends_with_its_block():
+    calls = []
+    module = counted(calls)
+    x = normal(4, 48, seed=1)
+    with torch.inference_mode():
+        with dense_inside(module):
+            module(x)
+        assert calls == []
         module(x)
     assert len(calls) == 1
 
