@@ -129,8 +129,8 @@ class _Runner:
         keep = self.keep and not cell.is_trial
         try:
             outcome = run_cell(read, folder, keep=keep, progress=watcher, stop=self.stop)
-        except Stopped:
-            raise self._stopped(f"{cell.label} is saved where it stopped; ") from None
+        except Stopped as stopped:
+            raise self._stopped(f"{cell.label}: {stopped.why}; ") from None
         self.cells.save(content, outcome)
         self.counter.end()
         if outcome.status != "done":

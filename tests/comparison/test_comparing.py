@@ -164,7 +164,7 @@ def test_a_stop_in_the_middle_resumes_the_run_and_gives_the_same_document(
     finished, base, tmp_path, stop_at
 ):
     _, out, _ = finished
-    with pytest.raises(Preempted, match=r"runs were made; .* is saved where it stopped"):
+    with pytest.raises(Preempted, match=r"runs were made; .*: saved step [1-9]"):
         compare(base(), SMALL, out=tmp_path / "out", progress=Watcher(stop_at))
     made = (stop_at - 1) // 4
     assert len(list((tmp_path / "out" / "cells").iterdir())) == made
@@ -188,6 +188,20 @@ def test_a_signal_after_the_last_step_stops_before_the_next_run(base, tmp_path, 
     assert len(list((tmp_path / "out" / "cells").iterdir())) == 1
 
 
+def test_a_signal_before_the_first_step_is_not_told_as_saved(base, tmp_path, monkeypatch):
+    from hamcli import pipeline
+
+    real = pipeline.open_run
+
+    def early(*words, **more):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return real(*words, **more)
+
+    monkeypatch.setattr(pipeline, "open_run", early)
+    with pytest.raises(Preempted, match="nothing was saved before the first step"):
+        compare(base(), SMALL, out=tmp_path / "out")
+
+
 def test_a_signal_while_a_run_is_written_leaves_it_saved(base, tmp_path, monkeypatch):
     from hamcli import sparsifying
 
@@ -198,7 +212,7 @@ def test_a_signal_while_a_run_is_written_leaves_it_saved(base, tmp_path, monkeyp
         return real(*words)
 
     monkeypatch.setattr(sparsifying, "write_folder", late)
-    with pytest.raises(Preempted, match=r"0 runs were made; .* is saved where it stopped"):
+    with pytest.raises(Preempted, match=r"0 runs were made; .*: saved step [1-9]"):
         compare(base(), SMALL, out=tmp_path / "out")
 
 
