@@ -86,9 +86,13 @@ def test_other_rounding_than_torchs_turns_it_off(fresh, monkeypatch):
 
 @needs_numba
 def test_what_is_compiled_lies_in_a_private_folder_and_is_found_again(fresh):
+    import numba
+
     from hamcli.optim import loop
 
+    before = numba.config.CACHE_DIR
     made = sgd_step()
+    assert before == numba.config.CACHE_DIR  # others' caches stay where they were
     folder = fresh / "ham" / "native"
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     kept = sorted((folder / "numba").rglob("*.nbc"))
