@@ -7,6 +7,7 @@ from typing import Any
 
 from hamcli.checkpoint.source import find_model, infer_task, is_bare
 from hamcli.defaults import recipe_of
+from hamcli.errors import RecipeError
 from hamcli.recipe import ReadRecipe, Recipe, read_recipe, recipe_layer, values_layer
 from hamcli.recipe.text import KeyPath, Parsed
 
@@ -61,6 +62,19 @@ def _last(layers: Sequence[Mapping[str, Any]], section: str, key: str) -> Any:
         if isinstance(inner, Mapping) and inner.get(key) is not None:
             found = inner[key]
     return found
+
+
+def placed(error: RecipeError, read: ReadRecipe) -> RecipeError:
+    """The fault at the line of the recipe that said its key, and those told with it."""
+    return RecipeError(
+        error.code,
+        error.what,
+        read.place(*error.where.split(".")),
+        error.why,
+        error.right,
+        error.hints,
+        [placed(other, read) for other in error.others],
+    )
 
 
 def public_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 
 from hamcli.checkpoint.loading import LoadedModel, has_head, load_model
 from hamcli.checkpoint.source import Source, find_model, infer_task
-from hamcli.completing import complete, public_recipe
+from hamcli.completing import complete, placed, public_recipe
 from hamcli.data import Data, label_names, open_data
 from hamcli.errors import RecipeError, UsageError
 from hamcli.objective import Objective, make_objective
@@ -73,21 +73,8 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
     try:
         targets = select_targets(loaded.model, recipe.targets.include, recipe.targets.exclude)
     except RecipeError as error:
-        raise _placed(error, read) from None
+        raise placed(error, read) from None
     return Opened(_resolved(recipe, source, task, targets), source, loaded, data, targets)
-
-
-def _placed(error: RecipeError, read: ReadRecipe) -> RecipeError:
-    """The fault at the line of the recipe that said its key, and those told with it."""
-    return RecipeError(
-        error.code,
-        error.what,
-        read.place(*error.where.split(".")),
-        error.why,
-        error.right,
-        error.hints,
-        [_placed(other, read) for other in error.others],
-    )
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:

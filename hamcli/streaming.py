@@ -29,7 +29,7 @@ from hamcli.checkpoint.recount import count_zeros
 from hamcli.checkpoint.sidefiles import copy_side_files, pretty
 from hamcli.checkpoint.source import Source, find_bare, find_model, find_weights, is_bare
 from hamcli.checkpoint.stream import Shard, Writer, open_shards
-from hamcli.completing import public_recipe
+from hamcli.completing import placed, public_recipe
 from hamcli.cutting import Found, cut_files, parts_of, passes, shapes_of
 from hamcli.errors import InputRefused, RecipeError, UsageError
 from hamcli.native import bits as magnitudes
@@ -227,11 +227,7 @@ class _OpenedFiles:
 
                 return by_skeleton(self.source, shapes, include, exclude)
         except RecipeError as error:
-            place = read.place("targets", "exclude" if error.code == "E215" else "include")
-            raise RecipeError(
-                error.code, error.what, place, f"{error.where}: {error.why}", error.right,
-                error.hints,
-            ) from None  # fmt: skip
+            raise placed(error, read) from None
 
     def _resolved(self, recipe: Recipe) -> Recipe:
         """The recipe with revision, task, allocation and exclusions written out."""

@@ -422,6 +422,7 @@ def test_a_glob_that_fits_nothing_is_told_with_its_key(key, code, tmp_path):
     with pytest.raises(HamError, match=code) as caught:
         by_files(RESNET, tmp_path / "out", **{key: ["nowhere*"], "sparsity.target": 0.5})
     assert caught.value.where == f"test: {key}"
+    assert caught.value.line().count(key) == 1
 
 
 @pytest.mark.parametrize(

@@ -72,10 +72,8 @@ def test_a_case_has_its_own_folder_environment_streams_and_limits(server, tmp_pa
 
 @pytest.mark.slow
 def test_a_case_that_hangs_is_ended(server):
-    began = time.monotonic()
     with pytest.raises(AssertionError, match="still running"):
         server.run([], before="tests.reliability.test_harness:hang", timeout=0.2)
-    assert time.monotonic() - began < 30
 
 
 @pytest.mark.slow
