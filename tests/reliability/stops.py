@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hamcli import console, sparsifying
+from hamcli import console, training
 
 HOOK = f"{__name__}:install"
 
@@ -46,8 +46,11 @@ def install() -> None:
         watcher.step = _wrapped(watcher.step, lambda record: record.step == steps)
     if micro:
         count = iter(range(1, 10**6))
-        module: Any = sparsifying
-        module.batch = _wrapped(module.batch, lambda *_: next(count) == micro, is_method=False)
+        module: Any = training
+        # asked for once in each micro-step, before its forward pass, and nowhere else
+        module.step_seed = _wrapped(
+            module.step_seed, lambda *_: next(count) == micro, is_method=False
+        )
 
 
 def _wrapped(
