@@ -3,17 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-RECIPE_OF_TASK = {
-    "feature-extraction": "text-encoder-90",
-    "causal-lm": "causal-lm-50",
-    "masked-lm": "masked-lm-80",
-    "text-classification": "text-classifier-90",
-    "token-classification": "text-classifier-90",
-    "image-classification": "image-classifier-95",
+RECIPES_OF_TASK = {
+    "feature-extraction": {0.0: "text-encoder-90"},
+    "causal-lm": {0.0: "causal-lm-50"},
+    "masked-lm": {0.0: "masked-lm-80", 0.9: "masked-lm-95"},
+    "text-classification": {0.0: "text-classifier-90"},
+    "token-classification": {0.0: "text-classifier-90"},
+    "image-classification": {0.0: "image-classifier-95"},
 }
-
-MASKED_LM_STRONGER_FROM = 0.9
-"""Sparsity from which a masked language model gains by the recipe for 95 %."""
+"""Task -> sparsity from which a shipped recipe is the one for it, ascending."""
 
 
 def recipe_of(task: str | None, target: Any) -> str | None:
@@ -21,15 +19,13 @@ def recipe_of(task: str | None, target: Any) -> str | None:
 
     Args:
         task: As transformers names it.
-        target: As the user wrote it, unchecked; None where nothing was said.
+        target: As the user wrote it, unchecked; the lowest recipe where it is no number.
     """
-    if (
-        task == "masked-lm"
-        and isinstance(target, int | float)
-        and target >= MASKED_LM_STRONGER_FROM
-    ):
-        return "masked-lm-95"
-    return RECIPE_OF_TASK.get(task or "")
+    name = None
+    for start, recipe in RECIPES_OF_TASK.get(task or "", {}).items():
+        if name is None or (isinstance(target, int | float) and target >= start):
+            name = recipe
+    return name
 
 
 def compare_folder(model: str) -> Path:

@@ -273,7 +273,6 @@ class Sparsification:
         """Loss of the first batch with every target zero; the model is left as it was."""
         whole = batch(self.data, 0, batch_size=self.recipe.training.batch_size, seed=0)
         part = to_device(part_of(whole, self.world.rank, self.world.size), self.device)
-        self.model.eval()
         with self._weights_kept():
             for param in self.targets.params:
                 param.zero_()

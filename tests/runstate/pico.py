@@ -62,6 +62,15 @@ def live(out: Path, *, overwrite: bool = False, tensors_at: Any = tensors) -> li
     return notes
 
 
+def die_with_old_aside(out: Path) -> None:
+    """What a run leaves that is killed when it has moved the old folder aside, and no further."""
+    out.mkdir()
+    fill(out, content="old")
+    run = RunState(out, overwrite=True)
+    run._move_aside()
+    run._lock.release()
+
+
 def fill(folder: Path, *, content: str = "weights", recipe: dict[str, Any] | None = None) -> None:
     """A folder that looks like a finished one."""
     known = identity()

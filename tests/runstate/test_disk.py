@@ -172,11 +172,7 @@ def test_a_finished_folder_is_durable_before_the_old_one_goes(tmp_path, order):
 
 def test_what_a_killed_run_set_aside_is_durably_back(tmp_path, order):
     out = tmp_path / "o"
-    out.mkdir()
-    pico.fill(out, content="old")
-    run = RunState(out, overwrite=True)
-    run._move_aside()
-    run._lock.release()
+    pico.die_with_old_aside(out)
     order.clear()
     RunState(out, overwrite=True).close()
     place = next(i for i, one in enumerate(order) if one[0] == "rename" and one[2] == out)

@@ -232,11 +232,7 @@ def test_when_the_rename_fails_the_old_folder_is_back(tmp_path, monkeypatch):
 
 def test_an_old_folder_set_aside_by_a_killed_run_comes_back(tmp_path):
     out = tmp_path / "o"
-    out.mkdir()
-    pico.fill(out, content="old")
-    run = RunState(out, overwrite=True)
-    run._move_aside()
-    run._lock.release()
+    pico.die_with_old_aside(out)
     assert not out.exists()
     with pytest.raises(UsageError, match="E112"):
         RunState(out)
