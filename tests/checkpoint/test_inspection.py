@@ -105,9 +105,7 @@ def test_elements_that_share_bytes_are_not_counted(tmp_path: Path) -> None:
 
 
 def test_nothing_that_can_be_counted_is_no_zeros_at_all(tmp_path: Path) -> None:
-    path = write_header(
-        tmp_path / "m.safetensors", {"q": entry("F6_E2M3", [2, 4], 0, 6)}, bytes(6)
-    )
+    path = write_header(tmp_path / "m.safetensors", {"q": entry("F6_E2M3", [2, 4], 0, 6)}, bytes(6))
     record = inspect(path, values=True)
     assert (record.counted, record.zeros, record.matrix_zeros) == (0, None, None)
     assert (record.groups[0].zeros, record.groups[0].sparsity) == (None, None)
