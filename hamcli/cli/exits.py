@@ -82,8 +82,9 @@ def settled(code: int) -> int:
             getattr(sys, name).flush()
         except (OSError, ValueError) as error:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - closed by the end
-            is_lost = isinstance(error, OSError) and error.errno != errno.EPIPE
-            if name == "stdout" and is_lost and code == 0:
+            if name != "stdout" or code != 0 or not isinstance(error, OSError):
+                continue
+            if error.errno != errno.EPIPE:
                 code = _refused(error, name)
     return code
 
