@@ -1,5 +1,6 @@
 """What a run is when the user says little: the recipe of its task, the name of its folder."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,15 @@ def out_folder(model: str, target: float) -> Path:
     return Path(f"{_short_name(model)}-ham-{target * 100:g}")
 
 
+def export_path(path: Path, form: str) -> Path:
+    """`NAME-packed` beside a folder, `NAME-packed.safetensors` beside a file."""
+    place = Path(os.path.abspath(path)) if path.name in ("", "..") else path
+    suffix = path.suffix if path.is_file() else ""
+    return place.with_name(f"{place.name.removesuffix(suffix)}-{form}{suffix}")
+
+
 def _short_name(model: str) -> str:
+    if Path(model).name in ("", ".."):
+        model = os.path.abspath(model)
     name = model.partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]
     return name.removesuffix(".safetensors") or "model"

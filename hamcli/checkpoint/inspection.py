@@ -33,6 +33,9 @@ EDGES = (1e-4, NEAR_ZERO, 1e-2, 0.1, 0.5, 1.0, 2.0, 4.0)
 
 PATTERNS = ((2, 4), (4, 8))
 
+UNIT_LIMIT = 1 << 24
+"""Elements that the neighbours of a group may span: they are in memory together."""
+
 Advance = Callable[[int], None]
 
 
@@ -166,7 +169,11 @@ def inspect(path: Path, *, values: bool = False, advance: Advance = _no_advance)
     if values:
         digests: dict[tuple[Any, ...], list[str]] = {}
         shards = {shard.name: shard for shard in open_shards(headers)}
-        tensors = [_with_values(shards, one, digests, advance) for one in tensors]
+        places = {one.name: one for header in headers.values() for one in header.tensors}
+        tensors = [
+            _with_values(shards[one.file], places[one.name], one, digests, advance)
+            for one in tensors
+        ]
         duplicates = tuple(tuple(names) for names in digests.values() if len(names) > 1)
     return _record(path, headers, tensors, duplicates)
 
@@ -341,13 +348,12 @@ def _natural(name: str) -> list[tuple[int, int, str]]:
 
 
 def _with_values(
-    shards: Mapping[str, Shard],
+    shard: Shard,
+    tensor: TensorInfo,
     one: TensorInspection,
     digests: dict[tuple[Any, ...], list[str]],
     advance: Advance,
 ) -> TensorInspection:
-    shard = shards[one.file]
-    tensor = next(info for info in shard.header.tensors if info.name == one.name)
     if DTYPE_BITS[one.dtype] % 8:  # elements share bytes
         advance(2 * tensor_bytes(tensor))
         return replace(one, fits={})
@@ -392,7 +398,11 @@ def _groups_of(one: TensorInspection) -> list[tuple[int, int, int]]:
     if one.input_dim is None:
         return []
     inner = math.prod(one.shape[one.input_dim + 1 :])
-    return [(kept, size, inner) for kept, size in PATTERNS if not one.shape[one.input_dim] % size]
+    return [
+        (kept, size, inner)
+        for kept, size in PATTERNS
+        if not one.shape[one.input_dim] % size and size * inner <= UNIT_LIMIT
+    ]
 
 
 def _floats(bits: NDArray[Any], dtype: str) -> NDArray[Any]:

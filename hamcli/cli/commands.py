@@ -268,10 +268,10 @@ def export(
         )
     from hamcli.cli.shown import show_export, show_onnx
     from hamcli.console import Screen
+    from hamcli.defaults import export_path
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
-    suffix = path.suffix if path.is_file() else ""
-    target = out or path.with_name(f"{path.name.removesuffix(suffix)}-{form}{suffix}")
+    target = out or export_path(path, form)
     with screen.watcher("export") as watcher:
         if form == "onnx":
             watcher.stage("starting")
@@ -279,9 +279,9 @@ def export(
 
             graph = export_onnx(path, out=target, overwrite=overwrite, progress=watcher)
         else:
-            from hamcli.exporting import export as export_path
+            from hamcli.exporting import export as convert
 
-            found = export_path(path, form, out=target, overwrite=overwrite, progress=watcher)
+            found = convert(path, form, out=target, overwrite=overwrite, progress=watcher)
     if form == "onnx":
         show_onnx(screen, graph)
     else:

@@ -71,9 +71,12 @@ class Calibration:
         try:
             self.path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent)
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump({**_read(self.path), **self._times}, file, indent=1, sort_keys=True)
-            Path(name).replace(self.path)
+            try:
+                with os.fdopen(handle, "w", encoding="utf-8") as file:
+                    json.dump({**_read(self.path), **self._times}, file, indent=1, sort_keys=True)
+                Path(name).replace(self.path)
+            finally:
+                Path(name).unlink(missing_ok=True)  # of a disk that is full
         except OSError:
             return
         self._is_new = False

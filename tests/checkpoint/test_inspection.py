@@ -254,3 +254,17 @@ def test_metadata_that_names_a_tensor_that_is_there_ties_nothing(tmp_path: Path)
     tensors = {"w": torch.ones(2), "head": torch.ones(2)}
     save_file(tensors, tmp_path / "m.safetensors", metadata={"head": "w", "format": "pt"})
     assert [one.tied for one in inspect(tmp_path).tensors] == [(), ()]
+
+
+def test_groups_too_wide_for_memory_have_no_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A packed tensor of zeros may be any size, in a file of a few bytes."""
+    from hamcli.checkpoint import inspection
+
+    save_file({"w": torch.zeros(1, 8, 6)}, tmp_path / "m.safetensors")
+    monkeypatch.setattr(inspection, "UNIT_LIMIT", 24)
+    assert inspect(tmp_path, values=True).tensors[0].fits == {"2:4": 1.0}
+    monkeypatch.setattr(inspection, "UNIT_LIMIT", 23)
+    one = inspect(tmp_path, values=True).tensors[0]
+    assert (one.fits, one.zeros) == ({}, 48)

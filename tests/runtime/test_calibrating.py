@@ -118,3 +118,14 @@ def test_the_file_is_of_this_machine_and_these_versions(monkeypatch):
         monkeypatch.setattr(room, name, value)
         paths.add(cache_path())
     assert len(paths) == 5
+
+
+def test_a_cache_that_cannot_be_finished_leaves_nothing(tmp_path, measured, monkeypatch):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(calibrating.json, "dump", full)
+    times = Calibration(tmp_path / "cache" / "times.json")
+    times.choose(module(), 1)
+    times.save()
+    assert list((tmp_path / "cache").iterdir()) == []
