@@ -285,6 +285,13 @@ def test_a_bare_file_is_packed_and_unpacked(tmp_path):
     assert_clean_error(done, "E112")
 
 
+def test_a_packed_file_that_is_larger_is_told_as_such(tmp_path):
+    write_header(tmp_path / "m.safetensors", {"w": entry("U8", [8], 0, 8)}, bytes(range(8)))
+    done = ham("export", "m.safetensors", "--format", "packed", cwd=tmp_path)
+    assert " x larger" in done.stdout
+    assert "smaller" not in done.stdout
+
+
 def test_sparsify_writes_the_packed_form(tmp_path):
     words = ("sparsify", RESNET, "--target", "0.9", "--format", "packed", "--out", "out", "--json")
     report = json.loads(ham(*words, *QUICK, cwd=tmp_path).stdout)

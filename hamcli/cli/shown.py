@@ -213,9 +213,16 @@ def show_export(screen: Screen, found: Any) -> None:
     screen.result(
         asdict(found),
         f"{size(found.dense_bytes)} dense, {size(found.packed_bytes)} packed: "
-        f"{found.ratio:.2f} x smaller",
+        f"{_times_smaller(found.ratio, 2)}",
         f"written to {found.out}",
     )
+
+
+def _times_smaller(ratio: float, digits: int) -> str:
+    """`7.80 x smaller`, or how much larger: a packed file of few or no zeros may be."""
+    if ratio >= 1 or ratio <= 0:
+        return f"{ratio:.{digits}f} x smaller"
+    return f"{1 / ratio:.{digits}f} x larger"
 
 
 def show_onnx(screen: Screen, found: Any) -> None:
@@ -255,8 +262,8 @@ def show_plan(screen: Screen, found: Any) -> None:
 def _size_words(one: Any) -> str:
     packed, gzipped = (one.dense_bytes / max(1, n) for n in (one.packed_bytes, one.gzip_bytes))
     text = (
-        f"{size(one.dense_bytes)} dense, about {size(one.packed_bytes)} packed ({packed:.1f} x "
-        f"smaller), {size(one.gzip_bytes)} in gzip ({gzipped:.1f} x)"
+        f"{size(one.dense_bytes)} dense, about {size(one.packed_bytes)} packed "
+        f"({_times_smaller(packed, 1)}), {size(one.gzip_bytes)} in gzip ({gzipped:.1f} x)"
     )
     return f"{text}; --set '{one.setting}', at a cost in quality" if one.setting else text
 
