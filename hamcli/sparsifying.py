@@ -16,7 +16,7 @@ from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.changes import Change, change_of, greatest_dropped
 from hamcli.checkpoint.dense import stored_tensors
 from hamcli.data import batch, evaluation_batches
-from hamcli.divergence import refuse_high_loss
+from hamcli.divergence import collapse, refuse_high_loss
 from hamcli.errors import HamError, RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.finishing import (
@@ -421,11 +421,20 @@ class Sparsification:
                     save(self.run, state, self.history, record.step, seconds)
                     stop = stop or self._stop_agreed()  # one that came while saving
                 refuse_high_loss(self.history.records, self.empty_loss)
+                if record.exponent_mean is not None:
+                    self._look_for_collapse()
                 if stop is not None:
                     raise self._stopped(stop)
         finally:
             self.progress.end_steps()
+        self._look_for_collapse()
         return self.history.seconds_before + time.monotonic() - began
+
+    def _look_for_collapse(self) -> None:
+        """Warn once, as soon as it is seen, for who would rather not wait for the end."""
+        warning = collapse(self.history.records)
+        if warning is not None and warning not in self.warnings:
+            self._warn(warning)
 
     def _part(self, whole: dict[str, Tensor]) -> Part | None:
         return Part(whole, self.world.size, self.world.sum_) if self.world.size > 1 else None
