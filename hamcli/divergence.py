@@ -71,7 +71,9 @@ def collapse(records: Sequence[StepRecord]) -> str | None:
     parts = [sizes[end - MEASURES : end] for end in range(MEASURES, len(sizes) + 1)]
     medians = [[statistics.median(column) for column in zip(*part, strict=True)] for part in parts]
     for size, loss in medians[MEASURES:]:
-        size_before, loss_before = medians[0]
+        size_before = medians[0][0]
+        # a network may be driven astray within these few steps
+        loss_before = min(loss for _, loss in parts[0])
         if size < VANISHED * size_before and loss > loss_before:
             return (
                 f"the targets' gradients have all but vanished at a loss of {loss:.4g}, "
