@@ -44,8 +44,8 @@ class Unbreakable:
         if self._stream is not None:
             try:
                 return self._stream.write(text)
-            except (OSError, ValueError):
-                self._stream = None
+            except (OSError, ValueError) as error:
+                self._gone(error)
         return len(text)
 
     def flush(self) -> None:
@@ -53,8 +53,12 @@ class Unbreakable:
         if self._stream is not None:
             try:
                 self._stream.flush()
-            except (OSError, ValueError):
-                self._stream = None
+            except (OSError, ValueError) as error:
+                self._gone(error)
+
+    def _gone(self, error: OSError | ValueError) -> None:
+        """Nobody reads any more; a ValueError is that of a closed stream."""
+        self._stream = None
 
     def isatty(self) -> bool:
         """Whether a person watches."""
@@ -75,6 +79,16 @@ class Unbreakable:
         return self._stream.fileno()
 
 
+class Results(Unbreakable):
+    """The stream of results: half of them on a full disk is an error, a reader gone is none."""
+
+    def _gone(self, error: OSError | ValueError) -> None:
+        self._stream = None
+        if isinstance(error, OSError) and error.errno != errno.EPIPE:
+            error.filename = "stdout"
+            raise error
+
+
 class Screen:
     """The one place that prints.
 
@@ -88,15 +102,19 @@ class Screen:
         self, *, quiet: bool = False, verbose: bool = False, as_json: bool = False
     ) -> None:
         self.quiet, self.verbose, self.as_json = quiet, verbose, as_json
-        out = Unbreakable(sys.stdout)
-        width = None if out.isatty() else PIPE_WIDTH
-        self._out = Console(file=out, highlight=False, width=width)  # type: ignore[arg-type]  # a stream in all but type
+        self._results = Results(sys.stdout)
+        width = None if self._results.isatty() else PIPE_WIDTH
+        self._out = Console(file=self._results, highlight=False, width=width)  # type: ignore[arg-type]  # a stream in all but type
         self._err = Console(file=Unbreakable(sys.stderr), highlight=False, soft_wrap=True)  # type: ignore[arg-type]  # a stream in all but type
 
     def result(self, document: Any, *tables: Table | str) -> None:
-        """The result of a command: `document` as JSON, or else what a person reads."""
+        """The result of a command: `document` as JSON, or else what a person reads.
+
+        Raises:
+            OSError: The system refuses; not for a closed pipe.
+        """
         if self.as_json:
-            self._raw(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
+            self.text(json.dumps(document, indent=1, sort_keys=True, allow_nan=False))
             return
         for table in tables:
             if isinstance(table, str):
@@ -105,23 +123,9 @@ class Screen:
                 self._out.print(table)
 
     def text(self, text: str) -> None:
-        """A result that is text already, printed as it is."""
-        self._raw(text.rstrip("\n"))
-
-    def _raw(self, text: str) -> None:
-        """Print what a program reads: half of it on a full disk is an error, a reader gone is none.
-
-        Raises:
-            OSError: The system refuses; not for a closed pipe.
-        """
-        try:
-            sys.stdout.write(text + "\n")
-            sys.stdout.flush()
-        except OSError as error:
-            if error.errno != errno.EPIPE:
-                raise
-        except ValueError:  # closed
-            pass
+        """A result that is text already, printed as it is; raises as `result` does."""
+        self._results.write(text.rstrip("\n") + "\n")
+        self._results.flush()
 
     def watcher(self, command: str) -> "LiveWatcher | PlainWatcher":
         """Who shows the progress of a long job here."""

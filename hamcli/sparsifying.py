@@ -1,61 +1,47 @@
-"""One run of `ham sparsify`: train while zeros come, write, reopen, recount, measure, report."""
+"""One run of `ham sparsify`: look at the dense model, train while zeros come, save, go on, stop.
+
+What a trained model becomes is left to `concluding`.
+"""
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
-from hamcli.changes import Change, change_of, greatest_dropped
-from hamcli.checkpoint.dense import stored_tensors
+from hamcli.concluding import Conclusion, Trained
 from hamcli.data import batch, evaluation_batches
 from hamcli.divergence import collapse, refuse_high_loss
 from hamcli.errors import HamError, RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
-from hamcli.finishing import (
-    Written,
-    finish_folder,
-    finish_levels,
-    reload,
-    write_folder,
-    written_tensors,
-)
 from hamcli.objective import Objective, Part, make_teacher
-from hamcli.opening import Opened, objective_of, public_recipe
+from hamcli.opening import Opened, objective_of
 from hamcli.optim import HAM, forms
+from hamcli.outcome import environment_record
 from hamcli.parallel.limits import refuse_unsharded
 from hamcli.parallel.parts import (
     has_batch_norm,
     part_of,
     refuse_uneven_batch,
 )
-from hamcli.parallel.shards import Shards, fill_, shard_, shard_teacher, whole
+from hamcli.parallel.shards import Shards, fill_, shard_, shard_teacher
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
-from hamcli.report.records import (
-    NO_SPEED,
-    Report,
-    TensorRecord,
-)
+from hamcli.report.records import Report
 from hamcli.runstate import RunState
-from hamcli.saving import PARTS, History, State, own_tensors, restore, save
+from hamcli.saving import PARTS, History, State, restore, save
 from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
-from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
-from hamcli.sparsity.levels import Levels
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.score import Score
 from hamcli.sparsity.targets import Targets, select_targets
-from hamcli.speed import Found
 from hamcli.training import (
     Engine,
     Hooks,
@@ -70,30 +56,6 @@ from hamcli.training import (
 )
 
 MEASURED_STEPS = 50  # times in a run that the mirror step is measured
-MOVED_FLOOR = 0.01
-
-
-@dataclass(frozen=True, slots=True)
-class Trained:
-    """What training leaves to be written and reported.
-
-    Attributes:
-        objective: What was minimised.
-        optimizer: With its last state.
-        course: Its `sparsifier` holds the masks of the level that the model shows.
-        dense: Quality of the dense model; None of one with a new head.
-        one_shot: Quality of pruning as far without training.
-        dense_weights: The targets' weights before, on the CPU.
-        seconds: Of training, in all sessions.
-    """
-
-    objective: Objective
-    optimizer: HAM
-    course: Course
-    dense: Quality | None
-    one_shot: Quality | None
-    dense_weights: Sequence[Tensor]
-    seconds: float
 
 
 class Sparsification:
@@ -155,27 +117,39 @@ class Sparsification:
         optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
-        trained = Trained(objective, optimizer, course, dense, one_shot, dense_weights, seconds)
-        if self.shards is not None:
-            course.finish()
-            return self._write_together(self.shards, trained)
-        return None if self.run is None else self._finish(self.run, trained)
+        trained = Trained(
+            self.model,
+            self.targets,
+            self.shards,
+            course,
+            optimizer,
+            self.history,
+            objective.description,
+            dense,
+            one_shot,
+            dense_weights,
+            seconds,
+        )
+        return self._conclusion(trained).report()
 
-    def _finish(self, run: RunState, trained: Trained) -> Report:
-        """Write the result, or one for each level."""
-        stage, levels, course = run.stage(), self.recipe.sparsity.levels, trained.course
-        if levels is None or not isinstance(course, Levels):
-            course.finish()
-            report = self._write(stage, self.recipe.sparsity.target, trained)
-            self._stop_here()
-            return finish_folder(report, stage, run, self.progress)
-        reports = {}
-        for level, target in enumerate(levels):
-            course.finish_level(level)
-            name = f"{target * 100:g}"
-            reports[name] = self._write(stage / name, target, trained)
-        self._stop_here()
-        return finish_levels(reports, stage, run, self.progress)
+    def _conclusion(self, trained: Trained) -> Conclusion:
+        return Conclusion(
+            self.opened,
+            trained,
+            self.run,
+            self.world,
+            self.progress,
+            environment_record(
+                self.device,
+                self.accelerator.mixed_precision,
+                self.accelerator.num_processes,
+                self.world.kind,
+            ),
+            self.device,
+            measure=lambda model: self._measure(model, self.teacher),
+            stop_here=self._stop_here,
+            warnings=self.warnings,
+        )
 
     def _place(self) -> nn.Module | None:
         """Put the model on its device, or cut it over the processes; the teacher beside it."""
@@ -527,149 +501,7 @@ class Sparsification:
             )
         return step
 
-    # ---- the end ----
-
-    def _threshold(self, trained: Trained) -> float | None:
-        """Largest dense magnitude among what one shot by magnitude dropped; else unknown."""
-        section, masks = self.recipe.sparsity, trained.course.sparsifier.masks
-        if section.method != "one-shot" or section.score != "magnitude" or masks is None:
-            return None
-        largest = greatest_dropped(trained.dense_weights, masks)
-        if not self.world.is_sharded:
-            return largest
-        found = self.world.greatest(-1.0 if largest is None else largest)
-        return found if found >= 0 else None
-
-    def _write(self, folder: Path, target: float, trained: Trained) -> Report:
-        """Write the model into a staging folder, recount and measure it there."""
-        change = change_of(trained.dense_weights, self.targets, self.world)
-        threshold = self._threshold(trained)
-        self._stop_here()
-        self.progress.stage("writing and recounting")
-        written = write_folder(self.opened, self.model, folder)
-        tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
-        self.progress.stage("measuring the written model")
-        again = reload(self.opened, written.stage, self.device)
-        sparse = self._measure(again, self.teacher)
-        assert sparse is not None, "process 0 measures"
-        self.progress.stage("measuring speed")
-        speed = outcome.measured_speed(self.opened, again, tensors, self.device)
-        return self._report(written, tensors, target, sparse, speed, change, threshold, trained)
-
-    def _write_together(self, shards: Shards, trained: Trained) -> Report | None:
-        """The same of a model that is cut: process 0 writes what all give, and reads it back."""
-        change = change_of(trained.dense_weights, self.targets, self.world)
-        threshold = self._threshold(trained)
-        self.progress.stage("writing and recounting")
-        run, written = self.run, None
-        if run is not None:
-            written = write_folder(self.opened, self.model, run.stage(), gather=whole)
-        else:
-            for tensor in stored_tensors(self.model):
-                whole(tensor)
-        self.progress.stage("measuring the written model")
-        self._read_back(shards, written)
-        sparse = self._measure(self.model, self.teacher)
-        if run is None or written is None or sparse is None:
-            return None
-        tensors = outcome.counted_tensors(written.stage, self.targets.names, written.names)
-        target = self.recipe.sparsity.target
-        report = self._report(
-            written, tensors, target, sparse, (None, NO_SPEED), change, threshold, trained
-        )
-        return finish_folder(report, written.stage, run, self.progress)
-
-    @torch.no_grad()
-    def _read_back(self, shards: Shards, written: Written | None) -> None:
-        """Give the model the weights that lie in the files, one tensor after the other."""
-        own = own_tensors(self.model)
-        files = None if written is None else written_tensors(written)
-        names = None if written is None else [n for n, s in written.names.items() if len(s) == 1]
-        for name in self.world.tell(names):
-            here = torch.empty(own[name].shape, dtype=torch.float32)
-            if files is not None:
-                found, tensor = next(files)
-                assert found == name
-                here.copy_(tensor)
-            self.world.broadcast(here)
-            own[name].copy_(shards.cut(here, own[name]))
-
-    def _report(
-        self,
-        written: Written,
-        tensors: tuple[TensorRecord, ...],
-        target: float,
-        sparse: Quality,
-        speed: Found,
-        change: Change,
-        threshold: float | None,
-        trained: Trained,
-    ) -> Report:
-        section, sparsifier = self.recipe.sparsity, trained.course.sparsifier
-        sparsity = outcome.sparsity_record(
-            tensors,
-            target,
-            num_parameters=sum(param.numel() for param in self.model.parameters()),
-            threshold=threshold,
-            natural_zeros=sparsifier.natural_zeros,
-            method=section.method,
-            allocation=section.allocation,
-            pattern=section.pattern,
-        )
-        if sparsity.zeros < sparsifier.num_zeros:
-            raise AssertionError(f"{sparsity.zeros} zeros written of {sparsifier.num_zeros}")
-        self._warn_of(tensors)
-        one_shot = trained.one_shot if target == section.target else None
-        quality = outcome.quality_record(trained.dense, sparse, one_shot, self.data)
-        return Report(
-            ham_version=__version__,
-            model=outcome.model_record(self.opened),
-            recipe=public_recipe(self.recipe),
-            environment=outcome.environment_record(
-                self.device,
-                self.accelerator.mixed_precision,
-                self.accelerator.num_processes,
-                self.world.kind,
-            ),
-            sparsity=sparsity,
-            tensors=tensors,
-            files=outcome.file_records(written.stage, written.files),
-            size=size_record(written.stage, self.opened.source.weights),
-            quality=quality,
-            speed=speed[0],
-            speed_reason=speed[1],
-            training=outcome.training_record(
-                self.recipe,
-                self.history.records,
-                trained.optimizer.param_groups[0],
-                self.history.exponents(trained.optimizer),
-                objective=trained.objective.description,
-                seconds=trained.seconds,
-                sign_flips=change.sign_flips,
-            ),
-            gate=outcome.gate_record(
-                self.recipe.gate.max_drop,
-                self.recipe.gate.min_sparsity,
-                quality.drop,
-                sparsity.achieved,
-            ),
-            data=outcome.data_record(self.opened),
-            histogram=change.histogram,
-            warnings=tuple(self.warnings),
-        )
-
     def _warn(self, text: str) -> None:
         """Say it now, and in the report."""
         self.warnings.append(text)
         self.progress.warn(text)
-
-    def _warn_of(self, tensors: Sequence[TensorRecord]) -> None:
-        empty = [one.name for one in tensors if one.zeros == one.total]
-        if empty and self.recipe.sparsity.target < 1.0:
-            self._warn(f"{len(empty)} tensors lost every weight, first {empty[0]}")
-        moved = [
-            one for record in self.history.records if (one := record.moved_fraction) is not None
-        ]
-        is_on = self.recipe.optimizer.ham.alpha != 0 or self.recipe.optimizer.ham.beta != 0
-        if is_on and moved and max(moved) < MOVED_FLOOR:
-            self._warn("the mirror step moved almost no weight: HAM did nothing in this run")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.checkpoint.pico import entry, write_header
 from tests.oracles.safetensors_reader import read_file
 
 RESNET = Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny"
@@ -206,6 +207,43 @@ def test_what_escapes_is_one_line_too(error, code, number, monkeypatch, capsys):
     assert out == ""
     assert err.startswith(f"ham: error[HAM-{number}]: ")
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize(
+    "words",
+    [["inspect", RESNET], ["inspect", RESNET, "--json"], ["check", RESNET, "--min-sparsity", "0"],
+     ["recipe", "list"], ["recipe", "show", "quick"], ["recipe", "schema"],
+     ["recipe", "validate", "quick"], ["--help"], ["--version"]],
+    ids=lambda words: " ".join(map(str, words)).replace(str(RESNET), "PATH"),
+)  # fmt: skip
+def test_a_result_lost_on_a_full_disk_is_an_error(words, unbuffered, tmp_path):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "hamcli", *map(str, words)],
+            cwd=tmp_path,
+            env={**ENVIRONMENT, "PYTHONUNBUFFERED": unbuffered},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            stdin=subprocess.DEVNULL,
+        )
+    assert done.returncode == 5
+    assert_clean_error(done, "E506]: the system refused")
+    assert "Exception ignored" not in done.stderr
+
+
+def test_inspect_shows_a_dash_where_nothing_is_counted(tmp_path):
+    path = tmp_path / "m.safetensors"
+    entries = {"q": entry("F4", [2, 4], 0, 4), "w": entry("F32", [2, 4], 4, 36)}
+    write_header(path, entries, bytes(36))
+    for words in ([], ["--all"]):
+        done = ham("inspect", path, "--values", *words, cwd=tmp_path)
+        four, full, *_ = (line.split() for line in done.stdout.splitlines()[1:])
+        assert four[-3:] == ["-", "-", "-"]
+        assert full[-3:] == ["100.00%", "0.00%", "100.0%"]
+        assert "matrices: 8 zeros of 8 (100.0000%); all: 8 of 8" in done.stdout
+        assert "not counted: 8 weights of 4 or 6 bits" in done.stdout
 
 
 def test_packed_and_back_is_bit_for_bit_and_both_are_read(sparse, tmp_path):

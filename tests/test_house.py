@@ -1,6 +1,7 @@
 """Who may import whom, held by reading the source."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -29,6 +30,26 @@ def imported(nodes):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             yield node.module or ""
+
+
+def dotted(name):
+    return ("hamcli/" + name).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+
+
+def test_no_module_is_above_and_below_another():
+    trees = {dotted(name): tree for name, tree in modules()}
+    above = {}
+    for name, tree in trees.items():
+        wanted = set(imported(tree.body))
+        froms = (node for node in tree.body if isinstance(node, ast.ImportFrom))
+        wanted |= {f"{node.module}.{one.name}" for node in froms for one in node.names}
+        above[name] = {one for one in wanted - {name} if one in trees and not is_own(name, one)}
+    tuple(graphlib.TopologicalSorter(above).static_order())  # raises where there is a circle
+
+
+def is_own(name, package):
+    """Whether a module imports from the package it lies in, whose __init__ imports it."""
+    return name.startswith(package + ".")
 
 
 def test_heavy_libraries_are_imported_inside_functions():

@@ -23,7 +23,7 @@ from hamcli.checkpoint.stream import Shard, chunks, open_shards
 from hamcli.errors import InputRefused, RecipeError
 from hamcli.sparsity.families import FileTargets, Undecided, by_family
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 NEAR_ZERO = 1e-3
 """A weight is near zero below this share of the tensor's root mean square."""
@@ -48,7 +48,10 @@ def _sparsity(zeros: int | None, total: int) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class TensorInspection:
-    """One tensor, in elements. What needs values is None where they were not asked for."""
+    """One tensor, in elements. What needs values is None where they were not asked for.
+
+    Elements of 4 and 6 bits share bytes and are never counted: None there too.
+    """
 
     name: str
     file: str
@@ -65,7 +68,7 @@ class TensorInspection:
     negative_zeros: int | None = None
     nonfinite: int | None = None
     near_zero: int | None = None
-    """Not zero, and below `NEAR_ZERO` of the root mean square."""
+    """Not zero, and below `NEAR_ZERO` of the root mean square; None too where there is no rms."""
     histogram: tuple[int, ...] | None = None
     """How many magnitudes lie below each of `EDGES` and not below the one before; zeros aside."""
     rms: float | None = None
@@ -91,15 +94,20 @@ class GroupInspection:
     bytes: int
     total: int
     tied: tuple[str, ...]
+    counted: int | None
+    """Elements that `zeros` is about; fewer than `total` where tensors cannot be counted."""
     zeros: int | None
+    """None where no tensor was counted."""
     near_zero: int | None
+    """Of the tensors that have it, `measured` elements."""
+    measured: int | None
     fits: dict[str, float] | None
     """Means of the tensors' fits, weighted by their elements."""
 
     @property
     def sparsity(self) -> float | None:
-        """Zeros over all elements."""
-        return _sparsity(self.zeros, self.total)
+        """Zeros over the elements counted."""
+        return _sparsity(self.zeros, self.counted or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,9 +122,13 @@ class InspectRecord:
     tensors: tuple[TensorInspection, ...]
     groups: tuple[GroupInspection, ...]
     total: int
+    counted: int | None
+    """Elements whose zeros were counted; all but those of 4 and 6 bits."""
     zeros: int | None
+    """Of those counted; None where there was nothing that could be."""
     matrix_total: int
     """Elements of the tensors with two or more dimensions."""
+    matrix_counted: int | None
     matrix_zeros: int | None
     dtypes: dict[str, int]
     """dtype -> elements."""
@@ -248,8 +260,10 @@ def _record(
         tensors=tuple(tensors),
         groups=tuple(_grouped(tensors)),
         total=sum(tensor.total for tensor in tensors),
+        counted=None if duplicates is None else _told(tensors, "zeros"),
         zeros=_sum(tensor.zeros for tensor in tensors),
         matrix_total=sum(tensor.total for tensor in matrices),
+        matrix_counted=None if duplicates is None else _told(matrices, "zeros"),
         matrix_zeros=_sum(tensor.zeros for tensor in matrices),
         dtypes=dtypes,
         duplicates=duplicates,
@@ -257,12 +271,14 @@ def _record(
 
 
 def _sum(counts: Iterable[int | None]) -> int | None:
-    total = 0
-    for count in counts:
-        if count is None:
-            return None
-        total += count
-    return total
+    """Of those that are known; None if none of them is."""
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _told(tensors: Iterable[TensorInspection], key: str) -> int:
+    """Elements of the tensors of which `key` is known."""
+    return sum(one.total for one in tensors if getattr(one, key) is not None)
 
 
 # ---- groups ----
@@ -279,6 +295,7 @@ def _grouped(tensors: Sequence[TensorInspection]) -> Iterator[GroupInspection]:
 
 def _group(name: str, members: Sequence[TensorInspection]) -> GroupInspection:
     fits: dict[str, list[tuple[float, int]]] = {}
+    with_values = members[0].fits is not None
     for one in members:
         for pattern, fit in (one.fits or {}).items():
             fits.setdefault(pattern, []).append((fit, one.total))
@@ -290,14 +307,16 @@ def _group(name: str, members: Sequence[TensorInspection]) -> GroupInspection:
         bytes=sum(one.bytes for one in members),
         total=sum(one.total for one in members),
         tied=tuple(name for one in members for name in one.tied),
+        counted=_told(members, "zeros") if with_values else None,
         zeros=_sum(one.zeros for one in members),
         near_zero=_sum(one.near_zero for one in members),
-        fits=None
-        if members[0].fits is None
-        else {
+        measured=_told(members, "near_zero") if with_values else None,
+        fits={
             pattern: sum(fit * total for fit, total in found) / sum(total for _, total in found)
             for pattern, found in fits.items()
-        },
+        }
+        if with_values
+        else None,
     )
 
 
@@ -329,9 +348,10 @@ def _with_values(
 ) -> TensorInspection:
     shard = shards[one.file]
     tensor = next(info for info in shard.header.tensors if info.name == one.name)
-    if DTYPE_BITS[one.dtype] % 8 or not one.total:
-        # elements of 4 and 6 bits share bytes, and are not counted
+    if DTYPE_BITS[one.dtype] % 8:  # elements share bytes
         advance(2 * tensor_bytes(tensor))
+        return replace(one, fits={})
+    if not one.total:
         return replace(one, zeros=0, negative_zeros=0, nonfinite=0, near_zero=0, fits={})
     groups = _groups_of(one)
     unit = max([size * inner for _, size, inner in groups], default=1)
@@ -349,7 +369,7 @@ def _with_values(
                 fitting[place] += _fitting(bits, kept, size, inner)
         advance(bits.nbytes)
     digests.setdefault((one.dtype, one.shape, digest.digest()), []).append(one.name)
-    made = replace(one, zeros=zeros, negative_zeros=negative, nonfinite=nonfinite, near_zero=0)
+    made = replace(one, zeros=zeros, negative_zeros=negative, nonfinite=nonfinite)
     if one.dtype not in FLOATS:
         advance(tensor_bytes(tensor))
         return replace(made, fits={})

@@ -36,6 +36,11 @@ _SHARD_OF = re.compile(r".*-\d{5}-of-\d{5}\.safetensors")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FOREIGN = (*_PICKLES, ".gguf", ".onnx", ".h5", ".msgpack", ".keras", ".tflite")
 
+# what to do with a single file of weights by another name
+_ALONE = "name the file itself: {file}"
+_NAMED = _ALONE + " --config {folder}"
+_RENAMED = f"rename {{file}} to {SINGLE}"
+
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -78,7 +83,12 @@ class Source:
 
 
 def find_model(
-    model: str, *, config: str | None = None, offline: bool = False, hashed: bool = True
+    model: str,
+    *,
+    config: str | None = None,
+    offline: bool = False,
+    hashed: bool = True,
+    takes_config: bool = True,
 ) -> Source:
     """Find and check `model`.
 
@@ -87,6 +97,7 @@ def find_model(
         config: A config.json, or the folder that holds one, for a file that comes without.
         offline: Ask no server for a hub id; the cache alone.
         hashed: Compute the SHA-256 of each file.
+        takes_config: Whether the user can name a config; one who cannot is not told to.
 
     Raises:
         InputRefused: It is not there, not safetensors, or not what it says.
@@ -95,14 +106,14 @@ def find_model(
     path, revision = _locate(model, offline)
     if path.is_dir():
         folder = path
-        files, index = _weights_of(folder)
+        files, index = _weights_of(folder, _NAMED if takes_config else _RENAMED)
     else:
-        files, index = {path.name: _bare_file(path, config)}, None
+        files, index = {path.name: _bare_file(path, config, takes_config)}, None
         folder = _config_path(config or "").parent
     headers = tuple(read_any_header(file) for file in files.values())
     if index is not None:
         _check_index(folder / INDEX, index, dict(zip(files, headers, strict=True)))
-    config_path = _find_config(folder, config)
+    config_path = _find_config(folder, config, takes_config)
     cleaned = clean_config(without_mark(read_json(config_path, "the model's config", code="E406")))
     check_config(cleaned, headers, config_path)
     weights = tuple(files.values())
@@ -143,9 +154,9 @@ def find_weights(path: Path) -> dict[str, Header]:
     """
     if not path.is_dir():
         if path.suffix != ".safetensors":
-            _bare_file(path, None)
+            _refuse_other_file(path)
         return {path.name: read_any_header(path.resolve())}
-    files, index = _weights_of(path.resolve())
+    files, index = _weights_of(path.resolve(), _ALONE)
     headers = {name: read_any_header(file) for name, file in files.items()}
     if index is not None:
         _check_index(path / INDEX, index, headers)
@@ -214,13 +225,18 @@ def _builtin(model: str) -> Path:
     )
 
 
-def _weights_of(folder: Path) -> tuple[dict[str, Path], dict[str, Any] | None]:
-    """The weight files of `folder` by name, and its index where they are shards."""
+def _weights_of(folder: Path, hint: str) -> tuple[dict[str, Path], dict[str, Any] | None]:
+    """The weight files of `folder` by name, and its index where they are shards.
+
+    Args:
+        folder: Where they lie.
+        hint: What to do with a single file by another name, with `{file}` and `{folder}`.
+    """
     if (single := find_file(folder, SINGLE)) is not None:
         return {SINGLE: single}, None
     index_path = find_file(folder, INDEX)
     if index_path is None:
-        _refuse_weights(folder)
+        _refuse_weights(folder, hint)
     index = read_json(index_path, "the index of the shards", code="E412")
     return _shards(folder, index), index
 
@@ -288,11 +304,15 @@ def _check_total_size(where: Path, index: dict[str, Any], headers: Sequence[Head
         )
 
 
-def _bare_file(path: Path, config: str | None) -> Path:
+def _refuse_other_file(path: Path) -> NoReturn:
+    if path.suffix.lower() in _FOREIGN:
+        _refuse_format(path)
+    raise InputRefused("E401", "not a model", path, right="a folder or a .safetensors file")
+
+
+def _bare_file(path: Path, config: str | None, takes_config: bool) -> Path:
     if path.suffix != ".safetensors":
-        if path.suffix.lower() in _FOREIGN:
-            _refuse_format(path)
-        raise InputRefused("E401", "not a model", path, right="a folder or a .safetensors file")
+        _refuse_other_file(path)
     if _SHARD_OF.fullmatch(path.name):
         raise InputRefused("E405", "one shard of several", path, right=f"the folder: {path.parent}")
     if config is None:
@@ -301,9 +321,15 @@ def _bare_file(path: Path, config: str | None) -> Path:
             "a bare safetensors file needs a config",
             path,
             "it does not say how its tensors make a network",
-            "--config with a config.json or its folder",
+            _right_config(takes_config),
         )
     return path.resolve()
+
+
+def _right_config(takes_config: bool) -> str:
+    if takes_config:
+        return "--config with a config.json or its folder"
+    return f"a folder with {SINGLE} and its {CONFIG}"
 
 
 def _config_path(config: str) -> Path:
@@ -313,7 +339,7 @@ def _config_path(config: str) -> Path:
     return path / CONFIG if path.is_dir() else path
 
 
-def _find_config(folder: Path, config: str | None) -> Path:
+def _find_config(folder: Path, config: str | None, takes_config: bool) -> Path:
     if config is not None:
         path = _config_path(config)
         found = find_file(path.parent, path.name)
@@ -326,12 +352,12 @@ def _find_config(folder: Path, config: str | None) -> Path:
             "no config.json",
             path,
             "nothing says how the tensors make a network",
-            "--config with a config.json or its folder",
+            _right_config(takes_config),
         )
     return found
 
 
-def _refuse_weights(folder: Path) -> NoReturn:
+def _refuse_weights(folder: Path, hint: str) -> NoReturn:
     try:
         names = sorted(os.listdir(folder))
     except PermissionError as error:
@@ -346,15 +372,19 @@ def _refuse_weights(folder: Path) -> NoReturn:
             ["with peft: model.merge_and_unload().save_pretrained(NEW)"],
         )
     others = [name for name in names if name.endswith(".safetensors")]
+    if others and all(map(_SHARD_OF.fullmatch, others)):
+        why = f"there is {others[0][:80]}"
+        raise InputRefused("E407", "shards without their index", folder, why, INDEX)
     if others:
-        config = f" --config {folder}" if "config.json" in names else ""
+        if CONFIG not in names and hint == _NAMED:
+            hint = _ALONE
         raise InputRefused(
             "E407",
             "no model.safetensors",
             folder,
             f"there is {others[0][:80]}",
             "model.safetensors or an index of shards",
-            [f"name the file itself: {folder / others[0]}{config}"],
+            [hint.format(file=folder / others[0], folder=folder)],
         )
     foreign = [name for name in names if name.lower().endswith(_FOREIGN)]
     if foreign:

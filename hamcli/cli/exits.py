@@ -1,5 +1,6 @@
 """How a command ends: one line for what went wrong, and the exit code."""
 
+import errno
 import os
 import sys
 import traceback
@@ -33,11 +34,7 @@ def exit_code(command: Callable[[], object]) -> int:
     except BrokenPipeError:
         return 0
     except OSError as error:
-        return _told(
-            ResourceError(
-                "E506", "the system refused", error.filename or "", error.strerror or str(error)
-            )
-        )
+        return _refused(error, error.filename or "")
     except Exception as error:  # noqa: BLE001 - the one place that catches: one line, not a trace
         return _unknown(error)
     return code if isinstance(code, int) else 0
@@ -62,6 +59,11 @@ def _unknown(error: Exception) -> int:
     return EXIT_INTERNAL
 
 
+def _refused(error: OSError, place: str) -> int:
+    why = error.strerror or str(error)
+    return _told(ResourceError("E506", "the system refused", place, why))
+
+
 def _told(error: HamError) -> int:
     if os.environ.get("HAM_DEBUG") == "1":
         traceback.print_exc()
@@ -74,12 +76,16 @@ def _told(error: HamError) -> int:
 
 
 def settled(code: int) -> int:
-    """Flush what is left; a reader that has gone changes nothing."""
+    """Flush what is left: a result that is lost is an error, a reader that has gone is none."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - closed by the end
+            if name != "stdout" or code != 0 or not isinstance(error, OSError):
+                continue
+            if error.errno != errno.EPIPE:
+                code = _refused(error, name)
     return code
 
 

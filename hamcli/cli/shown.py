@@ -141,7 +141,7 @@ def _exponent_words(found: Any) -> str:
 def show_inspection(screen: Screen, found: Any, *, each: bool) -> None:
     """Tensors of a checkpoint, the same place in every layer on one line, or each by itself."""
     shown = found.tensors if each else found.groups
-    with_values = found.zeros is not None
+    with_values = found.counted is not None
     columns = ["tensor", *([] if each else ["number"]), "shape", "dtype", "bytes", "weights"]
     columns += ["zeros", "near zero", "2:4 fit"] if with_values else []
     screen.result(
@@ -168,17 +168,26 @@ def _tensor_row(one: Any, each: bool, with_values: bool) -> tuple[str, ...]:
     ]
     if with_values:
         fit = (one.fits or {}).get("2:4")
-        row += [f"{one.sparsity:.2%}", f"{one.near_zero / max(1, one.total):.2%}"]
-        row.append("-" if fit is None else f"{fit:.1%}")
+        measured = one.total if each else one.measured
+        near = None if one.near_zero is None else one.near_zero / max(1, measured)
+        row += [_share(one.sparsity, 2), _share(near, 2), _share(fit, 1)]
     return tuple(row)
 
 
+def _share(value: float | None, digits: int) -> str:
+    return "-" if value is None else f"{value:.{digits}%}"
+
+
 def _zero_lines(found: Any) -> list[str]:
-    return [
-        f"matrices: {found.matrix_zeros:,} zeros of {found.matrix_total:,} "
-        f"({found.matrix_zeros / max(1, found.matrix_total):.4%}); "
-        f"all: {found.zeros:,} of {found.total:,}"
+    zeros, matrix_zeros = found.zeros or 0, found.matrix_zeros or 0
+    lines = [
+        f"matrices: {matrix_zeros:,} zeros of {found.matrix_counted:,} "
+        f"({matrix_zeros / max(1, found.matrix_counted):.4%}); "
+        f"all: {zeros:,} of {found.counted:,}"
     ]
+    if rest := found.total - found.counted:
+        lines.append(f"not counted: {rest:,} weights of 4 or 6 bits")
+    return lines
 
 
 def show_evaluation(screen: Screen, found: Any) -> None:

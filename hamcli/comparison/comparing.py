@@ -1,5 +1,6 @@
 """The road of `ham compare`: tune each arm on validation rows, run the grid, write the result."""
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,7 @@ def compare(
     )
     progress.stage("writing the page")
     write_comparison(found, out)
+    runner.close()
     return found
 
 
@@ -94,7 +96,6 @@ class _Runner:
     ) -> None:
         self.base, self.inputs, self.grid, self.keep = base, inputs, grid, keep
         self.cells, self.runs = Cells(out / CELLS), out / RUNS
-        self.runs.mkdir(exist_ok=True)
         self.counter = RunCounter(progress, grid.num_trials + grid.num_cells)
         self.progress = progress
         self.stop = stop
@@ -127,6 +128,7 @@ class _Runner:
         folder = self.runs / f"{cell.slug}-{key[:12]}"
         watcher = OneRun(self.progress, cell.label)
         keep = self.keep and not cell.is_trial
+        self.runs.mkdir(exist_ok=True)
         try:
             outcome = run_cell(read, folder, keep=keep, progress=watcher, stop=self.stop)
         except Stopped as stopped:
@@ -136,6 +138,11 @@ class _Runner:
         if outcome.status != "done":
             self.progress.warn(f"{cell.label}: {outcome.status}: {outcome.why}")
         return Row(cell, key, outcome)
+
+    def close(self) -> None:
+        """Remove the folder of models if none was kept."""
+        with suppress(OSError):  # another comparison may be at work in it, or it holds models
+            self.runs.rmdir()
 
     def _stopped(self, saved: str) -> HamError:
         return stopped_by(

@@ -70,7 +70,7 @@ def export_onnx(path: Path, *, out: Path, overwrite: bool, progress: Progress) -
     if not path.exists():
         raise InputRefused("E401", "no such checkpoint", path, "", "a model folder")
     progress.stage(f"opening {path}")
-    source = find_model(str(path), hashed=False)
+    source = find_model(str(path), hashed=False, takes_config=False)
     loaded = load_model(source, "auto", dtype="float32")
     for note in loaded.notes:
         progress.note(note)

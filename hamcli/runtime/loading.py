@@ -53,7 +53,8 @@ def load(
     from hamcli.checkpoint.source import find_model
 
     _check(runtime)
-    loaded = load_model(find_model(str(model), hashed=False), task, dtype=dtype).model.eval()
+    source = find_model(str(model), hashed=False, takes_config=False)
+    loaded = load_model(source, task, dtype=dtype).model.eval()
     if runtime == SEMI_STRUCTURED:
         _refuse_other_dtypes(loaded, str(model))
         loaded = loaded.to("cuda")

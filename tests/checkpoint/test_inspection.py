@@ -85,10 +85,30 @@ def test_not_finite_values_do_not_hide_the_rest(tmp_path: Path) -> None:
     assert (one.nonfinite, one.rms) == (2, 2.5)
 
 
-def test_packed_dtypes_are_shown_without_counts(tmp_path: Path) -> None:
-    path = write_header(tmp_path / "m.safetensors", {"q": entry("F4", [2, 4], 0, 4)}, bytes(4))
-    one = inspect(path, values=True).tensors[0]
-    assert (one.dtype, one.total, one.bytes, one.zeros) == ("F4", 8, 4, 0)
+def test_elements_that_share_bytes_are_not_counted(tmp_path: Path) -> None:
+    entries = entry("F4", [2, 4], 0, 4), entry("F32", [2, 2], 4, 20), entry("I8", [4], 20, 24)
+    names = dict(zip(("layers.0.w", "layers.1.w", "ids"), entries, strict=True))
+    path = write_header(tmp_path / "m.safetensors", names, bytes(24))
+    advanced: list[int] = []
+    record = inspect(path, values=True, advance=advanced.append)
+    four, full, ids = record.tensors
+    assert (four.dtype, four.total, four.bytes) == ("F4", 8, 4)
+    assert (four.zeros, four.negative_zeros, four.nonfinite, four.near_zero) == (None,) * 4
+    assert four.sparsity is None
+    assert (full.zeros, full.near_zero, ids.zeros, ids.near_zero) == (4, 0, 4, None)
+    assert (record.total, record.counted, record.zeros) == (16, 8, 8)
+    assert (record.matrix_total, record.matrix_counted, record.matrix_zeros) == (12, 4, 4)
+    group = next(one for one in record.groups if one.name == "layers.*.w")
+    assert (group.total, group.counted, group.measured, group.zeros) == (12, 4, 4, 4)
+    assert group.sparsity == 1.0
+    assert sum(advanced) == 2 * dense_size(path)
+
+
+def test_nothing_that_can_be_counted_is_no_zeros_at_all(tmp_path: Path) -> None:
+    path = write_header(tmp_path / "m.safetensors", {"q": entry("F6_E2M3", [2, 4], 0, 6)}, bytes(6))
+    record = inspect(path, values=True)
+    assert (record.counted, record.zeros, record.matrix_zeros) == (0, None, None)
+    assert (record.groups[0].zeros, record.groups[0].sparsity) == (None, None)
 
 
 def test_what_is_not_there_is_refused(tmp_path: Path) -> None:

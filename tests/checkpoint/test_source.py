@@ -3,6 +3,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,14 @@ def edit_index(folder: Path, edit: Any) -> None:
     index = json.loads(path.read_text())
     edit(index)
     path.write_text(json.dumps(index))
+
+
+def with_config_word(path: Path) -> object:
+    return find_model(str(path))
+
+
+def without_config_word(path: Path) -> object:
+    return find_model(str(path), takes_config=False)
 
 
 def first_tensor(index: dict[str, Any]) -> str:
@@ -188,14 +197,44 @@ def test_other_safetensors_in_a_folder_are_pointed_at(tmp_path: Path) -> None:
     refusal("E407", "other.safetensors", find_model, str(tmp_path))
 
 
-@pytest.mark.parametrize("has_config", [False, True])
-def test_the_hint_names_a_config_that_is_there(has_config: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("open_", "has_config", "hint"),
+    [
+        (with_config_word, False, "name the file itself: {0}/other.safetensors"),
+        (with_config_word, True, "name the file itself: {0}/other.safetensors --config {0}"),
+        (without_config_word, True, "rename {0}/other.safetensors to model.safetensors"),
+        (find_weights, False, "name the file itself: {0}/other.safetensors"),
+        (find_weights, True, "name the file itself: {0}/other.safetensors"),
+    ],
+)
+def test_the_hint_names_a_config_that_is_there_and_can_be_named(
+    open_: Callable[[Path], object], has_config: bool, hint: str, tmp_path: Path
+) -> None:
     write_header(tmp_path / "other.safetensors", {})
     if has_config:
         (tmp_path / "config.json").write_text("{}")
     with pytest.raises(HamError) as caught:
-        find_weights(tmp_path)
-    assert ("--config" in caught.value.lines()[1]) == has_config
+        open_(tmp_path)
+    assert caught.value.lines()[1].strip() == "hint: " + hint.format(tmp_path)
+
+
+def test_who_cannot_name_a_config_is_not_told_to(single: Path) -> None:
+    line = refusal("E405", "config.json", without_config_word, single / "model.safetensors")
+    assert "--config" not in line
+    (single / "config.json").unlink()
+    assert "--config" not in refusal("E405", "no config.json", without_config_word, single)
+
+
+@pytest.mark.parametrize("open_", [with_config_word, find_weights])
+def test_shards_without_their_index_are_no_single_file(
+    open_: Callable[[Path], object], sharded: Path
+) -> None:
+    (sharded / "model.safetensors.index.json").unlink()
+    with pytest.raises(HamError) as caught:
+        open_(sharded)
+    (line,) = caught.value.lines()
+    assert "E407]: shards without their index" in line
+    assert "model.safetensors.index.json" in line
 
 
 def test_folder_that_may_not_be_read_is_a_permission_error(tmp_path: Path) -> None:

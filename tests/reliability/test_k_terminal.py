@@ -60,9 +60,14 @@ def test_K1_closed_pipe(
 def test_K1_full_device(server: Server, tmp_path: Path, reference: dict[str, bytes]) -> None:
     full = os.open("/dev/full", os.O_WRONLY)
     out = tmp_path / "out"
-    done = server.run(tiny.sparsify(server.tiny, out), cwd=tmp_path, stdout=full, stderr=full)
+    done = server.run(tiny.sparsify(server.tiny, out), cwd=tmp_path, stderr=full)
     assert done.code == 0
     assert_same(out, reference)
+    # the folder is whole, what was to be shown of it is not
+    again = tmp_path / "again"
+    done = server.run(tiny.sparsify(server.tiny, again), cwd=tmp_path, stdout=full, stderr=full)
+    assert done.code == 5
+    assert_same(again, reference)
     # an error is still told by its code
     assert server.run(["check", "absent"], cwd=tmp_path, stdout=full, stderr=full).code == 4
     # half a document is no result

@@ -220,7 +220,7 @@ def pack_file(source: Path, target: Path, advance: Advance = _no_advance) -> int
     Args:
         source: A dense safetensors file.
         target: A file that does not exist, in a folder for the temporary spool too.
-        advance: Told of dense bytes done.
+        advance: Told of dense bytes done, in the end of all of the dense file.
 
     Raises:
         InputRefused: The source is damaged, or packed already.
@@ -247,6 +247,7 @@ def pack_file(source: Path, target: Path, advance: Advance = _no_advance) -> int
                 _copy(handle, part.info.begin, part.info.end, out, source)
         out.flush()
         os.fsync(out.fileno())
+        advance(8 + len(text))  # length and header, the rest of the dense bytes
         return out.tell()
 
 
