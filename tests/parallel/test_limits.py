@@ -10,8 +10,6 @@ from hamcli.parallel.limits import METHODS, refuse_unsharded
 from hamcli.planning import plan
 from hamcli.progress import Silent
 from hamcli.recipe import values_layer
-from hamcli.sparsity.masks import refuse_cut
-from hamcli.sparsity.rules import make_rules
 from hamcli.sparsity.targets import Part, Target, Targets
 from tests.parallel.pico import ALBERT
 
@@ -44,50 +42,11 @@ def test_what_needs_whole_tensors_is_refused(words, told):
         refuse_unsharded(recipe(**words).recipe)
 
 
-class Two:
-    """Process 0 of two that hold the same."""
-
-    rank = 0
-
-    def add(self, counts):
-        import numpy as np
-
-        return np.array(counts) * 2
-
-    def gather(self, counts):
-        import numpy as np
-
-        return np.stack([np.array(counts)] * 2)
-
-
-def cut(shape, rows, input_dim, begin=0):
-    """A tensor of which some rows lie here."""
-    held = torch.randn(rows, *shape[1:])
-    target = Target("layer.weight", held, input_dim, part=Part(shape, begin, held))
-    return Targets((target,), (), Two())
-
-
-def chosen(targets, pattern):
-    refuse_cut(targets, make_rules(targets, target=0.5, pattern=pattern))
-
-
-def test_a_pattern_along_the_rows_must_not_be_cut():
-    chosen(cut((16, 8), 8, 0), "2:4")
-    with pytest.raises(RecipeError, match=r"E246.*2:4: layer.weight: rows that belong together"):
-        chosen(cut((12, 8), 6, 0), "2:4")
-    chosen(cut((12, 8), 6, 1), "2:4")
-
-
-def test_blocks_must_not_be_cut():
-    chosen(cut((16, 8), 8, 1), "block:4x2")
-    with pytest.raises(RecipeError, match="E246"):
-        chosen(cut((12, 8), 6, 1), "block:4x2")
-    with pytest.raises(RecipeError, match="E246"):  # blocks of a kernel lie in another order
-        chosen(cut((16, 8, 3, 3), 8, 1), "block:4x2")
-
-
 def test_a_count_is_that_of_the_whole():
-    assert cut((16, 8), 8, 1).total == 128
+    held = torch.randn(8, 8)
+    target = Target("layer.weight", held, 1, part=Part((16, 8), 8, held))
+    assert Targets((target,)).total == 128
+    assert target.own(torch.arange(16)).tolist() == list(range(8, 16))
 
 
 def test_memory_by_hand():

@@ -12,6 +12,7 @@ from tests.parallel.pico import (
     environment,
     integers,
     make_data,
+    make_gpt2,
     make_llama,
     report_of,
     settings,
@@ -52,6 +53,24 @@ def test_masks_and_counts_are_those_of_one_process(folder, two):
     for key in ("loss", "exponent_mean", "exponent_max"):
         here, there = (found["training"]["curves"][key] for found in (one, other))
         assert there == pytest.approx(here, rel=1e-3 if "ex" in key else 1e-5), key
+
+
+@pytest.mark.parametrize(("pattern", "target"), [("2:4", 0.5), ("block:4x4", 0.7)])
+def test_a_pattern_that_the_parts_cut_is_that_of_one_process(folder, pattern, target):
+    # parts of 10 rows, along which groups of 4 and blocks of 4 inputs lie
+    if not (folder / "gpt2").exists():
+        make_gpt2(folder / "gpt2")
+    words = ["gpt2", "--data", "smiles.txt", "--task", "causal-lm", "--steps", "12"]
+    values = {"sparsity.pattern": pattern, "sparsity.target": target}
+    one, two = (pattern.replace(":", "-") + tail for tail in ("-one", "-two"))
+    sparsify(1, folder, *words, "--out", one, **values)
+    sparsify(2, folder, *words, "--out", two, "--parallel", "fsdp", **values)
+    assert assert_same_masks(folder / one, folder / two) < TOLERANCE
+    here, there = report_of(folder / one), report_of(folder / two)
+    assert integers(here) == integers(there)
+    assert there["environment"]["num_processes"] == 2
+    shown = there["quality"]["one_shot"]
+    assert shown == pytest.approx(here["quality"]["one_shot"], rel=1e-5)
 
 
 def test_weights_are_those_of_one_process_that_adds_the_same_halves(folder, two):
