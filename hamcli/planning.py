@@ -109,6 +109,7 @@ def plan(read: ReadRecipe, progress: Progress, world: int = 1) -> Plan:
         parameters=parameters,
         prunable=targets.total,
         largest=largest_part(model),
+        sorted_weights=max(one.size for one in targets) if section.allocation == "lamp" else 0,
         moments=int(recipe.optimizer.momentum > 0) if recipe.optimizer.base == "sgd" else 2,
         has_teacher=not opened.loaded.new_head,
         extra=extra,

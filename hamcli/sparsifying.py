@@ -380,9 +380,10 @@ class Sparsification:
             before_step=course.before_step,
             after_backward=after_backward,
             sharpness=section.sam,
-            zeros=self.targets.params,
+            zeros=self.targets.trained,
             part_of=lambda whole: part_of(whole, self.world.rank, self.world.size),
             mean=self.world.mean,
+            total=self.world.total if self.world.is_sharded else float,
             rank=self.world.rank,
         )
         engine = make_engine(

@@ -4,7 +4,7 @@ from hamcli.errors import RecipeError
 from hamcli.recipe import Recipe
 
 METHODS = ("gradual", "one-shot", "random", "ac-dc", "rigl", "cyclic")
-ALLOCATIONS = ("auto", "global", "uniform", "erk")
+ALLOCATIONS = ("auto", "global", "uniform", "erk", "lamp")
 
 
 def refuse_unsharded(recipe: Recipe) -> None:
@@ -18,7 +18,6 @@ def refuse_unsharded(recipe: Recipe) -> None:
         "sparsity.method": (sparsity.method, METHODS),
         "sparsity.allocation": (sparsity.allocation, ALLOCATIONS),
         "sparsity.score": (sparsity.score, ("magnitude", "first-order", "random")),
-        "optimizer.sam": (optimizer.sam, (0,)),
         "optimizer.bar": (optimizer.bar, (0,)),
         "training.precision": (recipe.training.precision, ("auto", "fp32", "bf16")),
         "export.format": (recipe.export.format, ("dense",)),

@@ -117,6 +117,10 @@ class World:
         torch.distributed.all_reduce(here)
         return float(here) / self.size
 
+    def total(self, number: float) -> float:
+        """Sum of a number over the processes."""
+        return float(self.sum_(torch.tensor([number], dtype=torch.float64)))
+
     def greatest(self, number: float) -> float:
         """Greatest of a number over the processes."""
         if self.size == 1:

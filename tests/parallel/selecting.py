@@ -20,6 +20,8 @@ CASES = {
     "bounds": {"min_sparsity": 0.3, "max_sparsity": 0.8},
     "uniform": {"allocation": "uniform"},
     "erk": {"allocation": "erk"},
+    "lamp": {"allocation": "lamp"},
+    "lamp bounds": {"allocation": "lamp", "min_sparsity": 0.3, "max_sparsity": 0.8},
     "mixed": {},
     "2:4": {"pattern": "2:4"},
 }
@@ -56,6 +58,7 @@ CUT_CASES = {
         "pattern": "block:3x2", "target": 0.61, "min_sparsity": 0.4, "max_sparsity": 0.75,
     },
     "cut blocks uniform": {"pattern": "block:3x2", "target": 0.61, "allocation": "uniform"},
+    "cut blocks lamp": {"pattern": "block:3x2", "target": 0.61, "allocation": "lamp"},
     "cut blocks erk": {"pattern": "block:3x2", "target": 0.61, "allocation": "erk"},
 }  # fmt: skip
 CUT_METHODS = [

@@ -28,10 +28,8 @@ def test_methods_on_the_weights_themselves_go(method):
     ("words", "told"),
     [
         ({"sparsity__method": "str"}, "sparsity.method: str .*gradual"),
-        ({"sparsity__allocation": "lamp"}, "sparsity.allocation: lamp"),
         ({"sparsity__score": "wanda", "sparsity__method": "one-shot"}, "sparsity.score: wanda"),
         ({"sparsity__allocation": "owl"}, "sparsity.allocation: owl"),
-        ({"optimizer__sam": 0.05}, "optimizer.sam: 0.05"),
         ({"optimizer__bar": 0.1, "sparsity__method": "spred"}, "sparsity.method: spred"),
         ({"training__precision": "fp16"}, "training.precision: fp16"),
         ({"export__format": "packed"}, "export.format: packed"),
@@ -59,6 +57,10 @@ def test_memory_by_hand():
     )
     assert cut_.total == 1000 * 5 + 400 + 800 + 6 * 4 * 100
     assert cut_.activations == 16
+    words = {"parameters": 1000, "prunable": 800, "largest": 100, "parallel": "fsdp", "world": 4}
+    assert memory_of(**words, sorted_weights=60).exchange == 48 * 60
+    assert memory_of(**words, sorted_weights=40).exchange == 6 * 4 * 100
+    assert memory_of(**words, extra=4000).extra == 1000
     ddp = memory_of(parameters=1000, prunable=800, largest=100, parallel="ddp", world=4)
     assert ddp.total == one.total + 4000
 
