@@ -264,6 +264,10 @@ def _init(device: str, launch: Launch) -> None:
         if not dist.is_initialized():
             limit = datetime.timedelta(seconds=JOIN_SECONDS)
             store, rank, size = next(rendezvous("env://", timeout=limit))
+            # the store may be the launcher's: one that fails before it comes here must not be
+            # waited for as long as one that writes
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{other}" for other in range(size)], limit)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
             )

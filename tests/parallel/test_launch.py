@@ -12,7 +12,7 @@ import time
 import pytest
 
 from hamcli.errors import InputRefused, RecipeError, ResourceError, UsageError
-from hamcli.parallel import launch
+from hamcli.parallel import launch, world
 from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
 from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, error_of
 from hamcli.parallel.parts import fingerprint, part_of, refuse_uneven_batch
@@ -129,6 +129,23 @@ def test_a_command_of_one_process_says_so_once(tmp_path):
     assert (first.returncode, second.returncode) == (2, 2)
     assert "error[HAM-E249]" in first.stderr
     assert second.stderr == second.stdout == ""
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_never_comes_is_not_waited_for_long(monkeypatch, rank):
+    from torch.distributed import TCPStore
+
+    # as torchrun keeps it, in a process of its own
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # fmt: skip
+    for key, value in said.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(world, "JOIN_SECONDS", 0.5)
+    with pytest.raises(ResourceError, match="E547"), world.joined("ddp", "cpu"):
+        pass
 
 
 MATE = """
