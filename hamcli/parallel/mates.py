@@ -23,6 +23,7 @@ from hamcli.errors import (
     LINE_LIMIT,
     HamError,
     ResourceError,
+    foreseen,
     printable,
     shorten,
 )
@@ -182,7 +183,7 @@ class Mates:
         Returns:
             What to raise instead of `error`; None to raise that.
         """
-        if not isinstance(error, HamError):
+        if foreseen(error) is None:
             self._heard.wait(NEWS_SECONDS)  # a broken collective is another's failure
         with self._lock:
             news = self._news
@@ -212,8 +213,9 @@ class Mates:
 
 
 def _news_of(error: BaseException, rank: int) -> News:
-    if isinstance(error, HamError):
-        return News(rank, error.exit_code, error.code, tuple(error.lines()))
+    known = foreseen(error)
+    if known is not None:
+        return News(rank, known.exit_code, known.code, tuple(known.lines()))
     text = f"ham: error[HAM-E001]: process {rank}: {type(error).__name__}: {printable(str(error))}"
     return News(rank, EXIT_INTERNAL, "E001", (shorten(text, LINE_LIMIT),))
 

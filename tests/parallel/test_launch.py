@@ -14,7 +14,7 @@ import pytest
 from hamcli.errors import InputRefused, RecipeError, ResourceError, UsageError
 from hamcli.parallel import launch, world
 from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
-from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, error_of
+from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, _news_of, error_of
 from hamcli.parallel.parts import fingerprint, part_of, refuse_uneven_batch
 from tests.parallel.pico import ALBERT, environment
 
@@ -267,6 +267,21 @@ def test_a_failure_is_told_in_the_words_of_who_failed(pair):
     assert second.end_together(InputRefused("E452", "no rows")) is None
     first._news = News(1, 4, "E452", ("line",))
     assert first.end_together(InputRefused("E453", "no column")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "code"),
+    [
+        (MemoryError(), 5, "E543"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 5, "E543"),
+        (OSError(28, "No space left on device"), 5, "E506"),
+        (ValueError("odd"), 1, "E001"),
+    ],
+)
+def test_what_the_system_refuses_one_process_all_end_with(error, exit_code, code):
+    found = error_of(_news_of(error, 1), 2)
+    assert (found.exit_code, found.code) == (exit_code, code)
+    assert f"HAM-{code}" in found.line()
 
 
 def test_news_of_the_dead_is_an_error_of_the_machine():
