@@ -293,7 +293,8 @@ def find_gradients(engine: Engine, hooks: Hooks, *, accumulation: int, seed: int
 def has_idle_parameters(model: nn.Module, hooks: Hooks) -> bool:
     """Whether the loss leaves a trained parameter of the unwrapped model without a gradient.
 
-    Looked at in eval mode, which changes no statistics and draws no random numbers.
+    In any process: one that tells DDP to look for them sends what the others must await. Looked at
+    in eval mode, which changes no statistics and draws no random numbers.
     """
     model.eval()
     whole = hooks.batch_at(0)
@@ -302,7 +303,7 @@ def has_idle_parameters(model: nn.Module, hooks: Hooks) -> bool:
     idle = any(param.requires_grad and param.grad is None for param in model.parameters())
     for param in model.parameters():
         param.grad = None
-    return idle
+    return hooks.mean(float(idle)) > 0
 
 
 def _accumulate(engine: Engine, hooks: Hooks, step: int, accumulation: int, seed: int) -> float:

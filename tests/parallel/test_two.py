@@ -1,11 +1,14 @@
 """Two processes make what one makes, under DDP and FSDP2; they stop, die and go on together."""
 
+import json
 import subprocess
 import sys
 import time
 
 import pytest
 
+from hamcli.parallel.world import World
+from tests.parallel.idling import trained
 from tests.parallel.pico import (
     QUICK,
     assert_same_masks,
@@ -154,3 +157,18 @@ def test_when_one_process_is_killed_all_are_gone_and_the_run_goes_on(folder, kin
     done = sparsify(2, folder, *words, **same)
     assert not (folder / f"{out}.run").exists(), done.stderr
     assert report_of(folder / out)["training"]["steps"] == 200
+
+
+def test_a_layer_that_the_rows_of_one_process_never_reach_is_trained_like_in_one(tmp_path):
+    launch = torchrun(2, "-m", "tests.parallel.idling", tmp_path / "found")
+    done = subprocess.run(
+        launch, env=environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    has_idle, expected = trained(World())
+    assert not has_idle
+    for rank in range(2):
+        told, weights = json.loads((tmp_path / f"found.{rank}").read_text())
+        assert told  # they agree, or one would wait for what the other does not send
+        for here, there in zip(weights, expected, strict=True):
+            assert here == pytest.approx(there, rel=1e-6)
