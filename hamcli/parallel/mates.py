@@ -32,6 +32,7 @@ from hamcli.parallel.launch import speaks, take_over
 GRACE_SECONDS = 3.0  # for the main thread to end by itself, with its own line
 NEWS_SECONDS = 5.0  # a collective fails a moment before the news of why
 KEEP_ALIVE = {"TCP_KEEPIDLE": 8, "TCP_KEEPINTVL": 4, "TCP_KEEPCNT": 3}  # 20 seconds
+HELLO_SECONDS = 10.0  # for who has knocked to say who it is
 LONGEST = 1 << 16  # bytes of a message
 _BYE = "bye"
 
@@ -123,7 +124,7 @@ class Mates:
         while len(self._links) < self.size - 1:
             self._server.settimeout(max(0.1, deadline - time.monotonic()))
             link, _ = self._server.accept()
-            link.settimeout(seconds)
+            link.settimeout(min(seconds, HELLO_SECONDS))
             hello = _read(link)
             if hello is None or hello.get("token") != self._token:
                 link.close()  # a stranger
@@ -189,8 +190,10 @@ class Mates:
             news = self._news
             self._is_leaving = True
         own = _news_of(error, self.rank)
-        # what meets all alike is told by each in its own words
-        if news is not None and news.exit_code != own.exit_code:
+        # what meets all alike is told by each in its own words; what nobody foresaw is most often a
+        # collective that another's failure broke
+        is_other = foreseen(error) is None or (news and news.exit_code != own.exit_code)
+        if news is not None and is_other:
             return error_of(news, self.size)
         for link in self._links.values():
             with contextlib.suppress(OSError):

@@ -13,6 +13,7 @@ import pytest
 
 from hamcli.errors import InputRefused, RecipeError, ResourceError, UsageError
 from hamcli.parallel import launch, world
+from hamcli.parallel import mates as mates_
 from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
 from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, _news_of, error_of
 from hamcli.parallel.parts import fingerprint, part_of, refuse_uneven_batch
@@ -252,6 +253,33 @@ def test_only_who_knows_the_token_may_enter(pair):
     for one in pair:
         (link,) = one._links.values()
         assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
+
+
+def test_who_knocks_and_says_nothing_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr(mates_, "HELLO_SECONDS", 0.2)
+    first, second = Mates(0, 2), Mates(1, 2)
+    port = first.listen("secret")
+    accepting = threading.Thread(target=first.accept, args=(60,))
+    accepting.start()
+    with socket.create_connection(("127.0.0.1", port), timeout=20):
+        second.connect("127.0.0.1", port, "secret", 20)
+        accepting.join(5)
+        assert list(first._links) == [1]
+    accepting.join(20)
+    for one in (first, second):
+        one.leave()
+        for link in one._links.values():
+            link.close()
+
+
+def test_a_collective_that_another_broke_is_told_as_what_broke_it(pair):
+    first, second = pair
+    first._is_leaving = second._is_leaving = True
+    line = "ham: error[HAM-E001]: process 1: ValueError: odd"
+    first._news = News(1, 1, "E001", (line,))
+    first._heard.set()
+    found = first.end_together(RuntimeError("Connection closed by peer"))
+    assert (found.exit_code, found.line()) == (1, line)
 
 
 def test_a_failure_is_told_in_the_words_of_who_failed(pair):
