@@ -30,7 +30,7 @@ from hamcli.finishing import (
 from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of, public_recipe
 from hamcli.optim import HAM, forms
-from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
 from hamcli.parallel.parts import (
     has_batch_norm,
     part_of,
@@ -119,6 +119,7 @@ class Sparsification:
         self.shards: Shards | None = None
         training = self.recipe.training
         refuse_uneven_batch(training.batch_size, world.size)
+        refuse_dropped_layers(self.model, world.size)
         if world.is_sharded:
             refuse_unsharded(self.recipe)
         self.accelerator = make_accelerator(training.device, training.precision, world.size)

@@ -6,7 +6,7 @@ import torch
 from hamcli.completing import complete
 from hamcli.errors import RecipeError
 from hamcli.memory import memory_of
-from hamcli.parallel.limits import METHODS, refuse_unsharded
+from hamcli.parallel.limits import METHODS, refuse_dropped_layers, refuse_unsharded
 from hamcli.planning import plan
 from hamcli.progress import Silent
 from hamcli.recipe import values_layer
@@ -38,6 +38,16 @@ def test_methods_on_the_weights_themselves_go(method):
 def test_what_needs_whole_tensors_is_refused(words, told):
     with pytest.raises(RecipeError, match=rf"E245.*{told}.*or training.parallel ddp"):
         refuse_unsharded(recipe(**words).recipe)
+
+
+def test_layers_that_are_left_out_by_chance_are_refused_in_several_processes():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Module())
+    model[1].layerdrop = 0.0
+    refuse_dropped_layers(model, 2)
+    model[1].layerdrop = 0.1
+    refuse_dropped_layers(model, 1)
+    with pytest.raises(RecipeError, match=r"E245.*layerdrop 0\.1 in 1: .*layerdrop 0 in"):
+        refuse_dropped_layers(model, 2)
 
 
 def test_a_count_is_that_of_the_whole():
