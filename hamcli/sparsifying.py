@@ -23,7 +23,7 @@ from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of
 from hamcli.optim import HAM, forms
 from hamcli.outcome import environment_record
-from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
 from hamcli.parallel.parts import (
     has_batch_norm,
     part_of,
@@ -81,6 +81,7 @@ class Sparsification:
         self.shards: Shards | None = None
         training = self.recipe.training
         refuse_uneven_batch(training.batch_size, world.size)
+        refuse_dropped_layers(self.model, world.size)
         if world.is_sharded:
             refuse_unsharded(self.recipe)
         self.accelerator = make_accelerator(training.device, training.precision, world.size)
@@ -354,9 +355,10 @@ class Sparsification:
             before_step=course.before_step,
             after_backward=after_backward,
             sharpness=section.sam,
-            zeros=self.targets.params,
+            zeros=self.targets.trained,
             part_of=lambda whole: part_of(whole, self.world.rank, self.world.size),
             mean=self.world.mean,
+            total=self.world.total if self.world.is_sharded else float,
             rank=self.world.rank,
         )
         engine = make_engine(
