@@ -214,9 +214,6 @@ def joined(word: str, device: str) -> Iterator[World]:
     mates = Mates(launch.rank, launch.size)
     try:
         _meet(world, mates)
-    except OSError as error:
-        raise _cannot_meet(str(error)) from error
-    try:
         yield world
         world.barrier()
     except BaseException as error:
@@ -294,6 +291,13 @@ def _cannot_meet(why: str) -> HamError:
 
 
 def _meet(world: World, mates: Mates) -> None:
+    try:
+        _shake_hands(world, mates)
+    except (OSError, RuntimeError) as error:
+        raise _cannot_meet(str(error)) from error
+
+
+def _shake_hands(world: World, mates: Mates) -> None:
     token = secrets.token_hex(16)
     port = mates.listen(token) if world.is_main else 0
     found = world.tell({"port": port, "token": token})

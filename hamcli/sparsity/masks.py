@@ -15,7 +15,7 @@ from hamcli.sparsity.cuts import across_groups
 from hamcli.sparsity.rules import Rules, make_rules
 from hamcli.sparsity.score import Score, Scores, magnitude
 from hamcli.sparsity.select import exact_masks, global_masks, n_m_mask
-from hamcli.sparsity.targets import Targets
+from hamcli.sparsity.targets import Target, Targets
 
 
 def choose_masks(
@@ -176,19 +176,27 @@ def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int
         return max(rules.num_zeros, total(num_blocks, targets.across) * size)
     if rules.kept_of is None:
         return max(rules.num_zeros, num_dropped(masks, targets.across))
-    n, m = rules.kept_of
-    zeros = 0
-    for target, mask, across in zip(targets, masks, _across_groups(targets, m), strict=True):
-        held = mask if across is None else across.whole(mask)
-        dropped = (~held).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
-        # of what all hold alike, one process counts
-        counts = across is None or across.rank == 0
-        zeros += int(dropped.clamp(min=m - n).sum()) if counts else 0
+    apart = _across_groups(targets, rules.kept_of)
+    each = zip(targets, masks, apart, strict=True)
+    zeros = sum(_zeros_of_groups(*one, rules.kept_of) for one in each)
     return total(zeros, targets.across)
 
 
-def _across_groups(targets: Targets, m: int) -> list[Across | None]:
+def _zeros_of_groups(
+    target: Target, mask: Tensor, across: Across | None, kept_of: tuple[int, int]
+) -> int:
+    """Zeros at the end of the groups of one tensor that this process counts."""
+    n, m = kept_of
+    held = mask if across is None else across.whole(mask)
+    if across is not None and across.rank > 0:
+        return 0  # of what all hold alike, one process counts
+    dropped = (~held).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
+    return int(dropped.clamp(min=m - n).sum())
+
+
+def _across_groups(targets: Targets, kept_of: tuple[int, int]) -> list[Across | None]:
     """For each target, the processes in which its groups of M inputs lie, where they are cut."""
+    _, m = kept_of
     return across_groups(targets, [m if one.input_dim == 0 else 1 for one in targets])
 
 
@@ -199,12 +207,8 @@ def _counts_dropped(masks: Sequence[Tensor], across: Across | None = None) -> li
 def _n_m_masks(
     targets: Targets, kept_of: tuple[int, int], num_zeros: int, scores: Scores
 ) -> list[Tensor]:
-    ends = []
-    apart = _across_groups(targets, kept_of[1])
-    for score, target, across in zip(scores, targets, apart, strict=True):
-        held = score if across is None else across.whole(score)
-        mask = n_m_mask(held, *kept_of, target.input_dim)
-        ends.append(mask if across is None else target.own(mask))
+    each = zip(targets, scores, _across_groups(targets, kept_of), strict=True)
+    ends = [_n_m_end(*one, kept_of) for one in each]
     if scores.masks is not None:
         # a group that came with more zeros than the pattern asks for keeps them
         ends = [end & before for end, before in zip(ends, scores.masks, strict=True)]
@@ -212,3 +216,12 @@ def _n_m_masks(
         return ends
     limited = Scores(scores.params, scores.score, scores.masks, ends, scores.across)
     return global_masks(limited, num_zeros)
+
+
+def _n_m_end(
+    target: Target, score: Tensor, across: Across | None, kept_of: tuple[int, int]
+) -> Tensor:
+    """The rows that lie here of one tensor's N:M mask."""
+    if across is None:
+        return n_m_mask(score, *kept_of, target.input_dim)
+    return target.own(n_m_mask(across.whole(score), *kept_of, target.input_dim))

@@ -149,6 +149,23 @@ def test_one_that_never_comes_is_not_waited_for_long(monkeypatch, rank):
         pass
 
 
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), RuntimeError("Connection closed")])
+def test_who_fails_while_they_meet_says_so_and_tells_those_who_came(monkeypatch, error):
+    for key, value in TWO.items():
+        monkeypatch.setenv(key, value)
+    told = []
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(world, "_init", lambda device, launch: None)
+    monkeypatch.setattr(world, "_shake_hands", fail)
+    monkeypatch.setattr(Mates, "end_together", lambda self, error: told.append(error))
+    with pytest.raises(ResourceError, match="E547") as caught, world.joined("ddp", "cpu"):
+        pass
+    assert told == [caught.value]
+
+
 MATE = """
 import sys, time
 from hamcli.parallel.mates import Mates

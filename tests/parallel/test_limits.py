@@ -1,5 +1,8 @@
 """What cannot be cut over processes is refused by name, with what works."""
 
+import weakref
+
+import numpy as np
 import pytest
 import torch
 
@@ -10,6 +13,7 @@ from hamcli.parallel.limits import METHODS, refuse_dropped_layers, refuse_unshar
 from hamcli.planning import plan
 from hamcli.progress import Silent
 from hamcli.recipe import values_layer
+from hamcli.sparsity.masks import prune_masks
 from hamcli.sparsity.targets import Part, Target, Targets
 from tests.parallel.pico import ALBERT
 
@@ -89,3 +93,43 @@ def test_the_plan_of_several_processes():
         plan(recipe(**words), Silent(), 3)
     with pytest.raises(RecipeError, match="E241"):
         plan(recipe(**words), Silent(), 1)
+
+
+class Two:
+    """Process 0 of two that hold the same rows; counts the bytes that are whole at once."""
+
+    rank, size = 0, 2
+
+    def __init__(self):
+        self._gathered, self.times = [], 0
+
+    def add(self, counts):
+        return np.array(counts) * 2
+
+    def gather(self, counts):
+        return np.stack([np.array(counts)] * 2)
+
+    def whole(self, rows):
+        assert all(one() is None for one in self._gathered), "two tensors are whole at once"
+        made = torch.cat([rows, rows])
+        self._gathered.append(weakref.ref(made))
+        self.times += 1
+        return made
+
+
+@pytest.mark.parametrize(
+    ("input_dim", "pattern", "allocation", "times"),
+    [(0, "2:4", "global", 6), (0, "block:4x4", "global", 12), (1, "unstructured", "lamp", 3)],
+)
+def test_one_tensor_is_whole_at_a_time(input_dim, pattern, allocation, times):
+    across = Two()
+    rows = [torch.randn(6, 8) for _ in range(3)]
+    parts = [Part((12, 8), 0, one) for one in rows]
+    items = [
+        Target(f"{place}.weight", one, input_dim, part=part)
+        for place, (one, part) in enumerate(zip(rows, parts, strict=True))
+    ]
+    targets = Targets(tuple(items), (), across)
+    masks = prune_masks(targets, 0.5, pattern=pattern, allocation=allocation)
+    assert [mask.shape for mask in masks] == [(6, 8)] * 3
+    assert across.times == times
