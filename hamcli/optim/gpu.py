@@ -156,25 +156,6 @@ def sgd_ham_(
     _step_(columns, grads, base, (lr, a, b), clamp, sums, seed)
 
 
-@torch.no_grad()
-def kept_norms(
-    grads: Sequence[Tensor], masks: Sequence[Tensor | None]
-) -> list[tuple[float, float, int]]:
-    """As `cpu.kept_norms`; the device is waited for once, however many gradients there are."""
-    found = torch.stack([_kept_norms(grad, mask) for grad, mask in zip(grads, masks, strict=True)])
-    return [(magnitudes, squares, int(count)) for magnitudes, squares, count in found.tolist()]
-
-
-def _kept_norms(grad: Tensor, mask: Tensor | None) -> Tensor:
-    """Sum of |g|, sum of g squared, and how many, over what the mask keeps: [3] float64."""
-    g = grad if mask is None else grad.masked_fill(~mask, 0.0)
-    magnitudes, length = (
-        torch.linalg.vector_norm(g, order, dtype=torch.float32).double() for order in (1, 2)
-    )
-    kept = torch.full_like(magnitudes, g.numel()) if mask is None else mask.sum(dtype=torch.float64)
-    return torch.stack([magnitudes, length.square(), kept])
-
-
 # --- from lists to launches
 
 

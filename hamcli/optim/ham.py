@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hamcli.optim import cpu, forms, plain
+from hamcli.optim import cpu, forms, fused, plain
 from hamcli.optim.exponents import (
     CALIBRATION_STEPS,
     alpha_now,
@@ -494,7 +494,8 @@ def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, 
     )
     if not batch.is_mirrored or not (calibrates or group["scaling"] == "normalised"):
         return [(0.0, 0.0, 0)] * len(batch.params)
-    here = batch.backend.kept_norms(batch.grads, batch.masks)
+    kept_norms = fused.kept_norms if batch.backend is fused else cpu.kept_norms
+    here = kept_norms(batch.grads, batch.masks)
     return [over_shards(norms, param) for norms, param in zip(here, batch.params, strict=True)]
 
 

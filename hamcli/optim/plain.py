@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamcli.optim import cpu, rule
-
-kept_norms = cpu.kept_norms
+from hamcli.optim import rule
 
 
 def adam_ham_(
