@@ -28,6 +28,7 @@ using OptionalTensors = c10::List<std::optional<Tensor>>;
 constexpr int DIGIT_BITS = 16;
 constexpr int64_t DIGITS = int64_t{1} << DIGIT_BITS;
 constexpr int64_t GROUP = 32;  // scores that are looked at together; most groups hold no match
+constexpr int64_t BLOCK = 512;  // keys that are made together where masks hold
 constexpr int64_t PART = 1 << 18;  // scores of one tensor that one thread takes at a time
 constexpr int64_t TABLES = 4;  // of counts, in turn: equal neighbours would wait for each other
 constexpr int64_t MOST_THREADS = 16;  // each has tables of 2 MiB
@@ -108,8 +109,21 @@ struct Keys {
     }
   }
 
+  // As if there were no masks.
+  C10_ALWAYS_INLINE key_t of_value(int64_t i) const {
+    return key_of<key_t, magnitude>(bits[i]);
+  }
+
+  // Whether keys that masks give may begin so.
+  bool masks_give(int prefix_shift, key_t prefix) const {
+    return limits != Limits::none &&
+        ((dropped >> prefix_shift) == prefix ||
+         (limits == Limits::places &&
+          (std::numeric_limits<key_t>::max() >> prefix_shift) == prefix));
+  }
+
   C10_ALWAYS_INLINE key_t operator[](int64_t i) const {
-    const key_t key = key_of<key_t, magnitude>(bits[i]);
+    const key_t key = of_value(i);
     if (limits == Limits::none) {
       return key;
     }
@@ -127,8 +141,22 @@ struct Keys {
 template <typename key_t, bool magnitude, Limits limits>
 void count_first(
     const Keys<key_t, magnitude, limits>& keys, int64_t numel, int shift, int64_t* found) {
-  for (int64_t i = 0; i < numel; ++i) {
-    ++found[(i % TABLES) * DIGITS + (keys[i] >> shift) + DIGITS / 2];
+  if (limits == Limits::none) {
+    for (int64_t i = 0; i < numel; ++i) {
+      ++found[(i % TABLES) * DIGITS + (keys[i] >> shift) + DIGITS / 2];
+    }
+    return;
+  }
+  // masks are applied to vectors of keys; one by one they cost as much as the counting
+  key_t digits[BLOCK];
+  for (int64_t begin = 0; begin < numel; begin += BLOCK) {
+    const int64_t size = std::min(BLOCK, numel - begin);
+    for (int64_t i = 0; i < size; ++i) {
+      digits[i] = static_cast<key_t>(keys[begin + i] >> shift);
+    }
+    for (int64_t i = 0; i < size; ++i) {
+      ++found[(i % TABLES) * DIGITS + digits[i] + DIGITS / 2];
+    }
   }
 }
 
@@ -140,11 +168,16 @@ void count_inside(
     key_t prefix,
     int64_t* found) {
   const int prefix_shift = shift + DIGIT_BITS;
+  const bool masks_give = keys.masks_give(prefix_shift, prefix);
   for (int64_t i = 0; i < numel; i += GROUP) {
     const int64_t size = std::min(GROUP, numel - i);
     int matches = size < GROUP;
     if (size == GROUP) {
-      for (int64_t j = 0; j < GROUP; ++j) {
+      // a mask takes a score out or leaves it in: masks are read only where a value matches
+      for (int64_t j = 0; !masks_give && j < GROUP; ++j) {
+        matches |= (keys.of_value(i + j) >> prefix_shift) == prefix;
+      }
+      for (int64_t j = 0; masks_give && j < GROUP; ++j) {
         matches |= (keys[i + j] >> prefix_shift) == prefix;
       }
     }

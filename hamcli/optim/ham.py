@@ -25,12 +25,14 @@ from hamcli.optim.exponents import (
     scaled_alphas,
     settle,
 )
-from hamcli.optim.sharded import local, of_all_shards, over_shards
+from hamcli.optim.norms import Asked, Norms, norms_of
+from hamcli.optim.sharded import local, of_all_shards
 
 WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
 BACKENDS = ("auto", "rule", "cpu", "gpu")
 GUARD_EVERY = 10  # steps
 GUARD_LIMIT = 0.05  # a mean |exponent| above it lets tensors collapse
+GPU_BACKEND = "hamcli.optim.gpu"  # imported only where one is
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Base = Literal["adamw", "adam", "sgd"]
@@ -201,8 +203,7 @@ class HAM(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         batches = [self._collect(group) for group in self.param_groups]
-        norms = [[_norms(group, batch) for batch in of_group]
-                 for group, of_group in zip(self.param_groups, batches, strict=True)]  # fmt: skip
+        norms = _all_norms(self.param_groups, batches)
         calibrate(self.param_groups, norms)
         is_measured = self._is_measured or self._guard_is_due()
         sums = [_no_sums() if is_measured else None for _ in self.param_groups]
@@ -278,7 +279,7 @@ class HAM(torch.optim.Optimizer):
         self,
         group: Mapping[str, Any],
         batch: _Batch,
-        norms: Sequence[tuple[float, float, int]],
+        norms: Sequence[Norms],
         sums: Tensor | None,
     ) -> None:
         lr = float(group["lr"])
@@ -487,16 +488,30 @@ def ham_step_(
         )
 
 
-def _norms(group: Mapping[str, Any], batch: _Batch) -> list[tuple[float, float, int]]:
-    """Sum of |g|, sum of g squared and their number, of each tensor; empty where nobody asks."""
+def _all_norms(
+    groups: Sequence[Mapping[str, Any]], batches: Sequence[Sequence[_Batch]]
+) -> list[list[list[Norms]]]:
+    """Of each tensor of each batch, how large the gradient is, where the scaling asks."""
+    pairs = zip(groups, batches, strict=True)
+    found = iter(norms_of([_asked(group, one) for group, of_group in pairs for one in of_group]))
+    return [[next(found) for _ in of_group] for of_group in batches]
+
+
+def _asked(group: Mapping[str, Any], batch: _Batch) -> Asked:
     calibrates = (
         group["scaling"] == "calibrated" and group["ham_calibration_steps"] < CALIBRATION_STEPS
     )
-    if not batch.is_mirrored or not (calibrates or group["scaling"] == "normalised"):
-        return [(0.0, 0.0, 0)] * len(batch.params)
-    kept_norms = fused.kept_norms if batch.backend is fused else cpu.kept_norms
-    here = kept_norms(batch.grads, batch.masks)
-    return [over_shards(norms, param) for norms, param in zip(here, batch.params, strict=True)]
+    power = 2 if group["scaling"] == "normalised" else int(calibrates)
+    # Triton's interpreter stands for a device
+    is_near = batch.weights[0].device.type == "cpu" and batch.backend.__name__ != GPU_BACKEND
+    count = fused.kept_norms if batch.backend is fused else cpu.kept_norms
+    return Asked(
+        batch.params,
+        batch.grads,
+        batch.masks,
+        power if batch.is_mirrored else 0,
+        count if is_near else None,
+    )
 
 
 def _no_sums() -> Tensor:

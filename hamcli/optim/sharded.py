@@ -1,6 +1,7 @@
 """Parameters that are cut over processes (DTensors): the part here, and sums over all parts."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,14 +32,27 @@ def of_all_shards(sums: Sequence[Tensor], params: Sequence[Tensor]) -> list[Tens
     return list(added)
 
 
-def over_shards(norms: tuple[float, float, int], param: Tensor) -> tuple[float, float, int]:
-    """Sums over all shards of a distributed parameter; of any other, as they are."""
-    if not hasattr(param, "to_local"):
-        return norms
+def over_shards(
+    norms: Sequence[tuple[float, float, int]], params: Sequence[Tensor]
+) -> list[tuple[float, float, int]]:
+    """Sums over all shards of each distributed parameter; of any other, as they are.
+
+    Parameters that are cut alike are added up in one exchange.
+    """
+    found = list(norms)
+    if not any(hasattr(param, "to_local") for param in params):
+        return found
     from torch.distributed.tensor import DTensor, Partial, Replicate
 
-    assert isinstance(param, DTensor)
-    placements = [Partial() if place.is_shard() else Replicate() for place in param.placements]
-    here = torch.tensor(norms, dtype=torch.float64, device=local(param).device)
-    total = DTensor.from_local(here, param.device_mesh, placements).full_tensor().tolist()
-    return total[0], total[1], int(total[2])
+    alike: dict[Any, list[int]] = {}
+    for index, param in enumerate(params):
+        if isinstance(param, DTensor):
+            alike.setdefault((param.device_mesh, param.placements), []).append(index)
+    for (mesh, places), at in alike.items():
+        placements = [Partial() if place.is_shard() else Replicate() for place in places]
+        device = local(params[at[0]]).device
+        here = torch.tensor([norms[i] for i in at], dtype=torch.float64, device=device)
+        total = DTensor.from_local(here, mesh, placements).full_tensor().tolist()
+        for index, (magnitudes, squares, count) in zip(at, total, strict=True):
+            found[index] = magnitudes, squares, int(count)
+    return found

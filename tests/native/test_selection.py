@@ -58,20 +58,32 @@ def test_counts_of_the_first_digit_follow_the_order_of_the_scores(form, dtype, m
         assert counts[32768] == (values == 0).sum()
 
 
+def limits_of(kind, numel):
+    """Masks of each kind; of the scores that are dropped, kept or spared some are whole groups."""
+    mask, spared = normal(numel, seed=6) > 0, normal(numel, seed=7) > 0.5
+    mask[:4096], mask[4096:8192], spared[:2048] = False, True, True
+    return {"none": None, "masks": [mask], "places": [selection.limits(mask, spared)]}[kind]
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("magnitude", [False, True])
-def test_native_counts_are_those_of_numpy(dtype, magnitude, monkeypatch):
+@pytest.mark.parametrize("kind", ["none", "masks", "places"])
+def test_native_counts_are_those_of_numpy(dtype, magnitude, kind, monkeypatch):
     if not native.status().is_available:
         pytest.skip(native.status().reason)
     scores = normal(100_003, seed=5).to(dtype)
     bits = torch.finfo(dtype).bits
+    options = {"magnitude": magnitude, "masks": limits_of(kind, scores.numel())}
 
     def everything():
-        found = [selection.count_digits([scores], bits - 16, magnitude=magnitude)]
+        found = [selection.count_digits([scores], bits - 16, **options)]
         if bits == 32:
-            for begins in (0, int(found[0].argmax()) - 32768):
-                found.append(selection.count_digits([scores], 0, begins, magnitude=magnitude))
-        found.append(np.array(selection.count_scores([scores], 1 << 12, magnitude=magnitude)))
+            # of numbers, of what is dropped, of what is spared
+            dropped = selection._dropped_key(dtype) >> 16
+            values = np.argsort(found[0])[-3:] - 32768
+            for begins in (0, dropped, 32767, *map(int, values)):
+                found.append(selection.count_digits([scores], 0, begins, **options))
+        found.append(np.array(selection.count_scores([scores], 1 << 12, **options)))
         return found
 
     natively = everything()
