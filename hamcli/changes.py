@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hamcli.parallel.shards import gathered
 from hamcli.parallel.world import World
 from hamcli.report.records import Histogram
 from hamcli.sparsity.targets import Targets
@@ -41,7 +40,7 @@ def change_of(before: Sequence[Tensor], targets: Targets, world: World) -> Chang
     samples = [_sampled(one, stride, targets) for one in (before, targets.params)]
     alive, flipped = _sign_flips(before, targets.params)
     if world.is_sharded:
-        samples = [list(gathered(world, one)) for one in samples]
+        samples = [[world.whole(one) for one in of_all] for of_all in samples]
         alive, flipped = (int(one) for one in world.add([alive, flipped]))
     return Change(
         _histogram(samples[0], samples[1], stride), sign_flips=flipped / alive if alive else 0.0

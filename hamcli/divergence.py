@@ -1,6 +1,7 @@
-"""When a run went astray: a loss that is no number, or one far above a model without weights."""
+"""When a run went astray: a loss that is no number or far too high, gradients that vanished."""
 
 import math
+import statistics
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -12,6 +13,10 @@ from hamcli.progress import StepRecord
 FACTOR = 10.0
 PATIENCE = 20
 """A loss of `FACTOR` times that of a model without weights, for so many steps, is astray."""
+
+VANISHED = 0.03
+"""Gradients below so much of those at the start, at a higher loss than at the start: collapsed."""
+MEASURES = 5  # measured steps that count as the start, and as now
 
 CURE = "a lower optimizer.lr, or optimizer.max_grad_norm above 0"
 
@@ -43,6 +48,40 @@ def refuse_high_loss(records: Sequence[StepRecord], empty_loss: float) -> None:
         f"loss {least.loss:.4g} and more; with every target weight zero it is {empty_loss:.4g}",
         CURE,
     )
+
+
+def collapse(records: Sequence[StepRecord]) -> str | None:
+    """What to warn of once the network has ceased to answer to training; else None.
+
+    A first few steps at the full learning rate can drive a network to where its output hardly
+    depends on its input. Its loss is finite and even below that of one-shot pruning, and stays
+    where it is: the gradients are gone. Gradients of a network that has learnt all there is vanish
+    too, but its loss is below that of the start. Seen by the exponents of the mirror step.
+
+    Args:
+        records: Of all steps so far, those before a stop too.
+    """
+    # lr * alpha * mean |g| of the targets, over lr; the norm of all gradients would not tell, since
+    # what is no target (embeddings, heads) goes on learning
+    sizes = [
+        (one.exponent_mean / one.lr, one.loss)
+        for one in records
+        if one.exponent_mean is not None and one.lr > 0
+    ]
+    parts = [sizes[end - MEASURES : end] for end in range(MEASURES, len(sizes) + 1)]
+    medians = [[statistics.median(column) for column in zip(*part, strict=True)] for part in parts]
+    for size, loss in medians[MEASURES:]:
+        size_before = medians[0][0]
+        # a network may be driven astray within these few steps
+        loss_before = min(loss for _, loss in parts[0])
+        if size < VANISHED * size_before and loss > loss_before:
+            return (
+                f"the targets' gradients have all but vanished at a loss of {loss:.4g}, "
+                f"{loss_before:.4g} at the start: the network has collapsed, and more steps will "
+                "hardly mend it (a lower optimizer.lr or optimizer.ham.eta, or a longer "
+                "optimizer.warmup)"
+            )
+    return None
 
 
 def refuse_non_finite(

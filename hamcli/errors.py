@@ -188,6 +188,23 @@ class Interrupted(Stopped):
     exit_code = 130
 
 
+def foreseen(error: BaseException) -> HamError | None:
+    """What people are told of an error: itself, or the system's refusal by name; None of others."""
+    if isinstance(error, HamError):
+        return error
+    text = str(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, Exception)
+        and ("out of memory" in text.lower() or "can't allocate memory" in text)
+    ):
+        return ResourceError("E543", "not enough memory", "", "", "a smaller batch_size")
+    if isinstance(error, OSError):
+        return ResourceError(
+            "E506", "the system refused", error.filename or "", error.strerror or text
+        )
+    return None
+
+
 def stopped_by(signal_name: str, why: str, *, last: str = "") -> Stopped:
     """The error of a run that a signal stopped.
 

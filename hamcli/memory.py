@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass
 WORD = 4  # bytes of a weight in training: fp32
 MASKS = 2  # bytes a prunable weight: the method's mask and the optimizer's
 GATHERED = 6  # a layer's weights and the next one's, each as sent and as used, and its gradients so
+SORTED = 48  # bytes a weight of a tensor whose scores are gathered and sorted, for LAMP
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +46,7 @@ def memory_of(
     parameters: int,
     prunable: int,
     largest: int,
+    sorted_weights: int = 0,
     moments: int = 2,
     has_teacher: bool = True,
     extra: int = 0,
@@ -58,9 +60,10 @@ def memory_of(
         parameters: Of the model.
         prunable: Weights of the targets.
         largest: Parameters of the largest part that FSDP gathers at once.
+        sorted_weights: Of the largest tensor whose scores are sorted as a whole; 0 where none are.
         moments: fp32 numbers that the optimizer keeps of each weight.
         has_teacher: Whether the dense model teaches.
-        extra: Bytes beside these, in one process.
+        extra: Bytes beside these, in one process; cut like the weights.
         activations: Bytes of a micro-step in one process.
         parallel: none, ddp or fsdp.
         world: Number of processes.
@@ -70,7 +73,8 @@ def memory_of(
     def cut(size: int) -> int:
         return -(-size // share)
 
-    exchange = {"none": 0, "ddp": WORD * parameters, "fsdp": GATHERED * WORD * largest}[parallel]
+    at_once = max(GATHERED * WORD * largest, SORTED * sorted_weights)  # in a step, between two
+    exchange = {"none": 0, "ddp": WORD * parameters, "fsdp": at_once}[parallel]
     return Memory(
         weights=cut(WORD * parameters),
         gradients=cut(WORD * parameters),
@@ -79,6 +83,6 @@ def memory_of(
         dense=cut(WORD * prunable),
         teacher=cut(WORD * parameters) if has_teacher else 0,
         exchange=exchange,
-        extra=extra,
+        extra=cut(extra),
         activations=-(-activations // world),
     )

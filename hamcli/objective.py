@@ -100,6 +100,8 @@ class Objective:
                 here = part.size * self._count(name, batch) / max(1, self._count(name, part.whole))
             if here == 0:  # nothing counts here: a mean would be NaN, and the others wait
                 total = total + 0 * _outputs(student).sum()
+                if name == "hidden":  # for what it sums over the processes
+                    self._term(name, student, guide, batch, part)
                 continue
             weight = weight if here == 1 else weight * here
             total = total + weight * self._term(name, student, guide, batch, part)

@@ -16,7 +16,7 @@ from hamcli.memory import Memory, memory_of
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, objective_of, open_run, rules_of
 from hamcli.parallel.launch import settled_parallel
-from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
 from hamcli.parallel.parts import refuse_uneven_batch
 from hamcli.parallel.shards import blocks_of
 from hamcli.progress import Progress
@@ -93,6 +93,7 @@ def plan(read: ReadRecipe, progress: Progress, world: int = 1) -> Plan:
         refuse_unsharded(read.recipe)
     opened = open_run(read, progress, hashed=False)
     recipe, targets, model = opened.recipe, opened.targets, opened.loaded.model
+    refuse_dropped_layers(model, world)
     section = recipe.sparsity
     rules = rules_of(opened)
     parameters = sum(param.numel() for param in model.parameters())
@@ -109,6 +110,7 @@ def plan(read: ReadRecipe, progress: Progress, world: int = 1) -> Plan:
         parameters=parameters,
         prunable=targets.total,
         largest=largest_part(model),
+        sorted_weights=max(one.size for one in targets) if section.allocation == "lamp" else 0,
         moments=int(recipe.optimizer.momentum > 0) if recipe.optimizer.base == "sgd" else 2,
         has_teacher=not opened.loaded.new_head,
         extra=extra,

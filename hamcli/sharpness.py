@@ -7,43 +7,53 @@ bar   of factors x, y whose product alone matters: the one with the greater grad
       first order, without its second pass (Li et al., NeurIPS 2024: nBAR)
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hamcli.optim.sharded import local
+
 _NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 
 
 @contextmanager
-def uphill(model: nn.Module, rho: float, zeros: Sequence[Tensor] = ()) -> Iterator[None]:
+def uphill(
+    model: nn.Module,
+    rho: float,
+    zeros: Sequence[Tensor] = (),
+    total: Callable[[float], float] = float,
+) -> Iterator[None]:
     """Inside, the model stands rho uphill of where its gradients were taken, and has none.
 
     What is zero in `zeros` stays zero, and batch-norm statistics stay as they are. Afterwards the
     weights are what they were, to the bit, and the gradients those of the place uphill.
 
     Args:
-        model: Holds gradients.
+        model: Holds gradients; of parameters that are cut over processes, each has its part.
         rho: Length of the ascent.
         zeros: Parameters of the model.
+        total: What lies here of a sum to the sum over all parts.
     """
     params = [param for param in model.parameters() if param.grad is not None]
     held = {id(tensor) for tensor in zeros}
-    kept = [param.detach().clone() for param in params]
+    parts = [local(param.detach()) for param in params]
+    kept = [part.clone() for part in parts]
     with torch.no_grad():
         grads = []
-        for param in params:
+        for param, part in zip(params, parts, strict=True):
             assert param.grad is not None
-            is_held = id(param) in held
-            grads.append(torch.where(param != 0, param.grad, 0.0) if is_held else param.grad)
-        squares = [float(grad.float().square().sum(dtype=torch.float64)) for grad in grads]
-        norm = sum(squares) ** 0.5
-        for param, grad in zip(params, grads, strict=True):
-            if norm > 0:
-                param.add_(grad, alpha=rho / norm)
+            grad = local(param.grad)
+            grads.append(torch.where(part != 0, grad, 0.0) if id(param) in held else grad)
             param.grad = None
+        squares = [float(grad.float().square().sum(dtype=torch.float64)) for grad in grads]
+        norm = total(sum(squares)) ** 0.5
+        for part, grad in zip(parts, grads, strict=True):
+            if norm > 0:
+                part.add_(grad, alpha=rho / norm)
+        del grads
     norms = [module for module in model.modules() if isinstance(module, _NORMS)]
     momenta = [module.momentum for module in norms]
     for module in norms:
@@ -54,8 +64,8 @@ def uphill(model: nn.Module, rho: float, zeros: Sequence[Tensor] = ()) -> Iterat
         for module, momentum in zip(norms, momenta, strict=True):
             module.momentum = momentum
         with torch.no_grad():
-            for param, values in zip(params, kept, strict=True):
-                param.copy_(values)
+            for part, values in zip(parts, kept, strict=True):
+                part.copy_(values)
 
 
 def adapter_pairs(model: nn.Module) -> list[tuple[Tensor, Tensor]]:

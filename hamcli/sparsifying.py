@@ -16,14 +16,14 @@ from torch import Tensor, nn
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.concluding import Conclusion, Trained
 from hamcli.data import batch, evaluation_batches
-from hamcli.divergence import refuse_high_loss
+from hamcli.divergence import collapse, refuse_high_loss
 from hamcli.errors import HamError, RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.objective import Objective, Part, make_teacher
 from hamcli.opening import Opened, objective_of
 from hamcli.optim import HAM, forms
 from hamcli.outcome import environment_record
-from hamcli.parallel.limits import refuse_unsharded
+from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
 from hamcli.parallel.parts import (
     has_batch_norm,
     part_of,
@@ -81,6 +81,7 @@ class Sparsification:
         self.shards: Shards | None = None
         training = self.recipe.training
         refuse_uneven_batch(training.batch_size, world.size)
+        refuse_dropped_layers(self.model, world.size)
         if world.is_sharded:
             refuse_unsharded(self.recipe)
         self.accelerator = make_accelerator(training.device, training.precision, world.size)
@@ -354,9 +355,10 @@ class Sparsification:
             before_step=course.before_step,
             after_backward=after_backward,
             sharpness=section.sam,
-            zeros=self.targets.params,
+            zeros=self.targets.trained,
             part_of=lambda whole: part_of(whole, self.world.rank, self.world.size),
             mean=self.world.mean,
+            total=self.world.total if self.world.is_sharded else float,
             rank=self.world.rank,
         )
         engine = make_engine(
@@ -395,11 +397,20 @@ class Sparsification:
                     save(self.run, state, self.history, record.step, seconds)
                     stop = stop or self._stop_agreed()  # one that came while saving
                 refuse_high_loss(self.history.records, self.empty_loss)
+                if record.exponent_mean is not None:
+                    self._look_for_collapse()
                 if stop is not None:
                     raise self._stopped(stop)
         finally:
             self.progress.end_steps()
+        self._look_for_collapse()
         return self.history.seconds_before + time.monotonic() - began
+
+    def _look_for_collapse(self) -> None:
+        """Warn once, as soon as it is seen, for who would rather not wait for the end."""
+        warning = collapse(self.history.records)
+        if warning is not None and warning not in self.warnings:
+            self._warn(warning)
 
     def _part(self, whole: dict[str, Tensor]) -> Part | None:
         return Part(whole, self.world.size, self.world.sum_) if self.world.size > 1 else None

@@ -62,6 +62,7 @@ class Hooks:
         zeros: Weights that the ascent leaves at zero where they are zero.
         part_of: A batch to this process's part of it.
         mean: A number to its mean over the processes.
+        total: What is a sum over the parts that lie here to that over the parts of all.
         rank: Of this process; each has random numbers of its own.
     """
 
@@ -77,6 +78,7 @@ class Hooks:
     zeros: Sequence[Tensor] = ()
     part_of: Callable[[Batch], Batch] = lambda batch: batch
     mean: Callable[[float], float] = lambda number: number
+    total: Callable[[float], float] = lambda number: number
     rank: int = 0
 
 
@@ -258,7 +260,7 @@ def train(
         hooks.before_step(step)
         loss = _accumulate(engine, hooks, step, accumulation, seed)
         if hooks.sharpness > 0:
-            with uphill(engine.model, hooks.sharpness, hooks.zeros):
+            with uphill(engine.model, hooks.sharpness, hooks.zeros, hooks.total):
                 _accumulate(engine, hooks, step, accumulation, seed)
         hooks.after_backward(step)
         norm = engine.clip(params, max_grad_norm if max_grad_norm > 0 else math.inf)
@@ -291,7 +293,8 @@ def find_gradients(engine: Engine, hooks: Hooks, *, accumulation: int, seed: int
 def has_idle_parameters(model: nn.Module, hooks: Hooks) -> bool:
     """Whether the loss leaves a trained parameter of the unwrapped model without a gradient.
 
-    Looked at in eval mode, which changes no statistics and draws no random numbers.
+    In any process: one that tells DDP to look for them sends what the others must await. Looked at
+    in eval mode, which changes no statistics and draws no random numbers.
     """
     model.eval()
     whole = hooks.batch_at(0)
@@ -300,7 +303,7 @@ def has_idle_parameters(model: nn.Module, hooks: Hooks) -> bool:
     idle = any(param.requires_grad and param.grad is None for param in model.parameters())
     for param in model.parameters():
         param.grad = None
-    return idle
+    return hooks.mean(float(idle)) > 0
 
 
 def _accumulate(engine: Engine, hooks: Hooks, step: int, accumulation: int, seed: int) -> float:

@@ -8,7 +8,10 @@ from torch import nn
 
 from hamcli.divergence import (
     FACTOR,
+    MEASURES,
     PATIENCE,
+    VANISHED,
+    collapse,
     first_non_finite,
     refuse_high_loss,
     refuse_non_finite,
@@ -39,6 +42,40 @@ def test_the_least_of_the_last_losses_decides():
 @pytest.mark.parametrize("bare", [0.0, -1.0, math.inf, math.nan])
 def test_a_bare_loss_without_meaning_refuses_nothing(bare):
     refuse_high_loss(records(*[1e9] * PATIENCE), bare)
+
+
+def measured(*sizes_and_losses):
+    """Records of which every second one was measured, at ever lower learning rates."""
+    made = []
+    for step, (size, loss) in enumerate(sizes_and_losses, 1):
+        lr = 1e-3 / step
+        made.append(StepRecord(2 * step - 1, 100.0, 0.0, lr, 1.0))
+        made.append(StepRecord(2 * step, loss, 0.0, lr, 1.0, size * lr))
+    return made
+
+
+SOUND = [(1.0, 0.5), *[(1.0, 11.0)] * (MEASURES - 1)]
+
+
+def test_a_network_whose_gradients_vanished_at_a_high_loss_has_collapsed():
+    dead = measured(*SOUND, *[(VANISHED / 1.1, 9.5)] * MEASURES)
+    assert "a loss of 9.5, 0.5 at the start" in collapse(dead)
+    assert collapse(dead[:-6]) is None  # as many measures are sound yet
+    after = [(1.0, 0.7)] * MEASURES
+    assert collapse(measured(*SOUND, *[(0.0, 9.5)] * MEASURES, *after)) == collapse(dead)
+
+
+@pytest.mark.parametrize(
+    "later",
+    [
+        [(VANISHED * 1.1, 9.5)] * 20,  # it still learns
+        [(0.0, 0.4)] * 20,  # it has learnt
+        [(1.0, 9.5), (0.0, 0.4)] * 10,
+    ],
+)
+def test_a_network_that_learns_or_has_learnt_has_not_collapsed(later):
+    assert collapse(measured(*SOUND, *later)) is None
+    assert collapse(records(*[1.0] * 20, *[9.0] * 200)) is None  # nothing was measured
 
 
 def layer(gradient):

@@ -9,7 +9,15 @@ from torch import nn
 
 from hamcli.errors import RecipeError
 from hamcli.evaluation import Quality, drop, measure
-from hamcli.objective import divergence, hidden_error, make_objective, pooled, valid_rows
+from hamcli.objective import (
+    Objective,
+    Part,
+    divergence,
+    hidden_error,
+    make_objective,
+    pooled,
+    valid_rows,
+)
 
 ALL = {"task": 0.1, "logits": 0.9, "hidden": 0.0, "embedding": 1.0}
 
@@ -32,6 +40,33 @@ def test_hidden_error_is_relative_and_passes_over_padding():
     student = torch.tensor([[[3.0], [-9.0]]])
     batch = {"attention_mask": torch.tensor([[1, 0]])}
     assert float(hidden_error([student], [guide], batch)) == pytest.approx(1 / 4)
+
+
+class Echo(nn.Module):
+    """Hidden states of one layer, and logits that are their sums."""
+
+    def __init__(self, states):
+        super().__init__()
+        self.states = nn.Parameter(states)
+
+    def forward(self, **inputs):
+        return SimpleNamespace(hidden_states=(self.states,), logits=self.states.sum(-1))
+
+
+@pytest.mark.parametrize("is_padding", [True, False])
+def test_a_process_without_any_token_still_takes_part_in_sums(is_padding):
+    mask = torch.tensor([[0, 0]] if is_padding else [[1, 1]])
+    batch = {"input_ids": torch.zeros(1, 2, dtype=torch.int64), "attention_mask": mask}
+    whole = {name: torch.cat([one, torch.ones_like(one)]) for name, one in batch.items()}
+    added = []
+    part = Part(whole, 2, lambda sums: added.append(sums.tolist()) or sums)
+    student, guide = Echo(torch.ones(1, 2, 1)), Echo(torch.full((1, 2, 1), 2.0))
+    loss = Objective("causal-lm", {"hidden": 1.0}, 1.0, ())(student, batch, guide, part)
+    loss.backward()
+    assert added == [[0.0, 0.0] if is_padding else [8.0, 2.0]]
+    # 2 processes * 2 of 4 tokens here * 1 / 4
+    assert float(loss.detach()) == (0.0 if is_padding else 0.25)
+    assert bool(torch.isfinite(student.states.grad).all())
 
 
 def test_pooling_averages_tokens_that_are_no_padding():

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from hamcli.errors import (
     EXIT_INTERNAL,
     HamError,
-    ResourceError,
     Stopped,
     UsageError,
+    foreseen,
     printable,
     shorten,
 )
@@ -29,12 +29,8 @@ def exit_code(command: Callable[[], object]) -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\nham: interrupted before anything was saved\n")
         return 130
-    except MemoryError:
-        return _told(ResourceError("E543", "not enough memory", "", "", "a smaller batch_size"))
     except BrokenPipeError:
         return 0
-    except OSError as error:
-        return _refused(error, error.filename or "")
     except Exception as error:  # noqa: BLE001 - the one place that catches: one line, not a trace
         return _unknown(error)
     return code if isinstance(code, int) else 0
@@ -50,18 +46,14 @@ def _unknown(error: Exception) -> int:
         return _told(UsageError("E101", why, hints=["ham --help, or ham COMMAND --help"]))
     if type(error).__name__ == "Abort":
         return 130
+    known = foreseen(error)
+    if known is not None:
+        return _told(known)
     if os.environ.get("HAM_DEBUG") == "1":
         traceback.print_exc()
-    if "out of memory" in str(error).lower() or "can't allocate memory" in str(error):
-        return _told(ResourceError("E543", "not enough memory", "", "", "a smaller batch_size"))
     text = f"ham: error[HAM-E001]: internal error: {type(error).__name__}: {printable(str(error))}"
     sys.stderr.write(shorten(text, 300) + "\n  hint: HAM_DEBUG=1 shows where; please report it\n")
     return EXIT_INTERNAL
-
-
-def _refused(error: OSError, place: str) -> int:
-    why = error.strerror or str(error)
-    return _told(ResourceError("E506", "the system refused", place, why))
 
 
 def _told(error: HamError) -> int:
@@ -85,7 +77,10 @@ def settled(code: int) -> int:
             if name != "stdout" or code != 0 or not isinstance(error, OSError):
                 continue
             if error.errno != errno.EPIPE:
-                code = _refused(error, name)
+                error.filename = name
+                known = foreseen(error)
+                assert known is not None
+                code = _told(known)
     return code
 
 

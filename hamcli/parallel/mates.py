@@ -23,6 +23,7 @@ from hamcli.errors import (
     LINE_LIMIT,
     HamError,
     ResourceError,
+    foreseen,
     printable,
     shorten,
 )
@@ -31,6 +32,7 @@ from hamcli.parallel.launch import speaks, take_over
 GRACE_SECONDS = 3.0  # for the main thread to end by itself, with its own line
 NEWS_SECONDS = 5.0  # a collective fails a moment before the news of why
 KEEP_ALIVE = {"TCP_KEEPIDLE": 8, "TCP_KEEPINTVL": 4, "TCP_KEEPCNT": 3}  # 20 seconds
+HELLO_SECONDS = 10.0  # for who has knocked to say who it is
 LONGEST = 1 << 16  # bytes of a message
 _BYE = "bye"
 
@@ -122,7 +124,7 @@ class Mates:
         while len(self._links) < self.size - 1:
             self._server.settimeout(max(0.1, deadline - time.monotonic()))
             link, _ = self._server.accept()
-            link.settimeout(seconds)
+            link.settimeout(min(seconds, HELLO_SECONDS))
             hello = _read(link)
             if hello is None or hello.get("token") != self._token:
                 link.close()  # a stranger
@@ -182,14 +184,16 @@ class Mates:
         Returns:
             What to raise instead of `error`; None to raise that.
         """
-        if not isinstance(error, HamError):
+        if foreseen(error) is None:
             self._heard.wait(NEWS_SECONDS)  # a broken collective is another's failure
         with self._lock:
             news = self._news
             self._is_leaving = True
         own = _news_of(error, self.rank)
-        # what meets all alike is told by each in its own words
-        if news is not None and news.exit_code != own.exit_code:
+        # what meets all alike is told by each in its own words; what nobody foresaw is most often a
+        # collective that another's failure broke
+        is_other = foreseen(error) is None or (news and news.exit_code != own.exit_code)
+        if news is not None and is_other:
             return error_of(news, self.size)
         for link in self._links.values():
             with contextlib.suppress(OSError):
@@ -212,8 +216,9 @@ class Mates:
 
 
 def _news_of(error: BaseException, rank: int) -> News:
-    if isinstance(error, HamError):
-        return News(rank, error.exit_code, error.code, tuple(error.lines()))
+    known = foreseen(error)
+    if known is not None:
+        return News(rank, known.exit_code, known.code, tuple(known.lines()))
     text = f"ham: error[HAM-E001]: process {rank}: {type(error).__name__}: {printable(str(error))}"
     return News(rank, EXIT_INTERNAL, "E001", (shorten(text, LINE_LIMIT),))
 

@@ -8,7 +8,6 @@ counts and norms are exchanged.
 """
 
 import copy
-from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -171,17 +170,3 @@ def whole(tensor: Tensor) -> Tensor:
     """A tensor with all its rows; every process must ask, in the same order."""
     held = tensor.detach()
     return held.full_tensor() if _is_cut(held) else held  # type: ignore[attr-defined]  # a DTensor
-
-
-def gathered(world: World, locals_: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Each of several flat tensors with the parts of all processes, in their order, on the CPU."""
-    sizes = world.gather([one.numel() for one in locals_])
-    for index, one in enumerate(locals_):
-        longest = int(sizes[:, index].max())
-        padded = torch.zeros(longest, dtype=one.dtype)
-        padded[: one.numel()] = one.cpu()
-        found = [torch.empty_like(padded) for _ in range(world.size)]
-        torch.distributed.all_gather(found, padded)
-        yield torch.cat(
-            [part[: int(size)] for part, size in zip(found, sizes[:, index], strict=True)]
-        )

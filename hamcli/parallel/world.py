@@ -87,6 +87,28 @@ class World:
         torch.distributed.all_gather(found, here)
         return torch.stack(found).numpy()
 
+    def whole(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, one after the other, on the same device in each.
+
+        Args:
+            rows: As many as there are here, or none; each of the others' shape and dtype.
+        """
+        if self.size == 1:
+            return rows
+        counts = self.gather([len(rows)]).flatten()
+        longest = int(counts.max())
+        sent = rows.contiguous()
+        if len(rows) < longest:
+            sent = rows.new_zeros((longest, *rows.shape[1:]))
+            sent[: len(rows)] = rows
+        found = rows.new_empty((self.size * longest, *rows.shape[1:]))
+        if found.numel():
+            torch.distributed.all_gather_into_tensor(_bytes(found), _bytes(sent))
+        begins = np.cumsum(counts) - counts
+        if (begins == longest * np.arange(self.size))[counts > 0].all():
+            return found[: int(counts.sum())]  # as FSDP2 cuts: all are full but the last ones
+        return torch.cat([found[longest * rank :][: int(n)] for rank, n in enumerate(counts)])
+
     def mean(self, number: float) -> float:
         """Mean of a number over the processes."""
         if self.size == 1:
@@ -94,6 +116,10 @@ class World:
         here = torch.tensor([number], dtype=torch.float64)
         torch.distributed.all_reduce(here)
         return float(here) / self.size
+
+    def total(self, number: float) -> float:
+        """Sum of a number over the processes."""
+        return float(self.sum_(torch.tensor([number], dtype=torch.float64)))
 
     def greatest(self, number: float) -> float:
         """Greatest of a number over the processes."""
@@ -153,9 +179,14 @@ class World:
             if tensors is not None:
                 here.copy_(tensors[name])
             if here.numel():
-                self.broadcast(here.view(-1).view(torch.uint8))  # gloo knows few dtypes
+                self.broadcast(_bytes(here))
             made[name] = here if keep is None else keep(name, here)
         return made
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as bytes, since gloo knows few dtypes."""
+    return tensor.view(-1).view(torch.uint8)
 
 
 @contextmanager
@@ -183,9 +214,6 @@ def joined(word: str, device: str) -> Iterator[World]:
     mates = Mates(launch.rank, launch.size)
     try:
         _meet(world, mates)
-    except OSError as error:
-        raise _cannot_meet(str(error)) from error
-    try:
         yield world
         world.barrier()
     except BaseException as error:
@@ -233,6 +261,10 @@ def _init(device: str, launch: Launch) -> None:
         if not dist.is_initialized():
             limit = datetime.timedelta(seconds=JOIN_SECONDS)
             store, rank, size = next(rendezvous("env://", timeout=limit))
+            # the store may be the launcher's: one that fails before it comes here must not be
+            # waited for as long as one that writes
+            store.set(f"here/{rank}", "")
+            store.wait([f"here/{other}" for other in range(size)], limit)
             dist.init_process_group(
                 backend, store=store, rank=rank, world_size=size, timeout=PATIENCE
             )
@@ -259,6 +291,13 @@ def _cannot_meet(why: str) -> HamError:
 
 
 def _meet(world: World, mates: Mates) -> None:
+    try:
+        _shake_hands(world, mates)
+    except (OSError, RuntimeError) as error:
+        raise _cannot_meet(str(error)) from error
+
+
+def _shake_hands(world: World, mates: Mates) -> None:
     token = secrets.token_hex(16)
     port = mates.listen(token) if world.is_main else 0
     found = world.tell({"port": port, "token": token})

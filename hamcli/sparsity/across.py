@@ -1,10 +1,11 @@
-"""Counts of tensors that are cut over processes: what a selection must be told by the others."""
+"""Tensors that are cut over processes: what a selection must be told by the others."""
 
 from collections.abc import Sequence
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
+from torch import Tensor
 
 Counts = npt.NDArray[np.int64]
 
@@ -19,11 +20,18 @@ class Across(Protocol):
     def rank(self) -> int:
         """Number of this process."""
 
+    @property
+    def size(self) -> int:
+        """Number of processes."""
+
     def add(self, counts: Sequence[int] | Counts) -> Counts:
         """Sums of integers over the processes."""
 
     def gather(self, counts: Sequence[int] | Counts) -> Counts:
         """The integers of all processes, [processes, ...]."""
+
+    def whole(self, rows: Tensor) -> Tensor:
+        """The rows of all processes, one after the other; those of one may be none."""
 
 
 def total(count: int, across: Across | None) -> int:

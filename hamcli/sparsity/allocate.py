@@ -73,9 +73,9 @@ def allocate(
     assert allocation in ("global", "lamp"), allocation
     assert scores is not None, "a global allocation is made by scores"
     if allocation == "lamp":
-        from hamcli.sparsity.score import layer_adaptive
+        from hamcli.sparsity.score import all_layer_adaptive
 
-        scores = [layer_adaptive(score) for score in scores]
+        scores = all_layer_adaptive(scores)
     return _global(scores, num_zeros, lower, upper)
 
 

@@ -7,11 +7,11 @@ from fractions import Fraction
 import torch
 from torch import Tensor
 
-from hamcli.errors import RecipeError
-from hamcli.sparsity import blocks
 from hamcli.sparsity.across import Across, total, totals
 from hamcli.sparsity.allocate import allocate
+from hamcli.sparsity.blocks import Blocks
 from hamcli.sparsity.counting import exact
+from hamcli.sparsity.cuts import across_groups
 from hamcli.sparsity.rules import Rules, make_rules
 from hamcli.sparsity.score import Score, Scores, magnitude
 from hamcli.sparsity.select import exact_masks, global_masks, n_m_mask
@@ -91,23 +91,17 @@ def _block_masks(
     score: Score,
 ) -> list[Tensor]:
     """As `choose_masks`, for the nearest number of whole blocks; whole ones dropped stay so."""
-    size = math.prod(block)
-    sums = blocks.sums_of(Scores(targets.params, score), targets.items, block)
-    keeps = None
-    if masks is not None:
-        keeps = [
-            blocks.block_any(mask, target, block)
-            for mask, target in zip(masks, targets, strict=True)
-        ]
+    size, blocks = math.prod(block), Blocks(targets, block)
+    sums = [blocks.sums(*one) for one in enumerate(Scores(targets.params, score))]
+    keeps = None if masks is None else [blocks.any(*one) for one in enumerate(masks)]
     across = targets.across
     already = _counts_dropped(keeps, across) if keeps is not None else [0] * len(sums)
     due = max(round(Fraction(num_zeros, size)), sum(already))
     # sums of no negative number are their own magnitude
     scores = Scores(sums, magnitude, keeps, across=across)
     share = Fraction(due, max(rules.num_zeros // size, due, 1))
-    shapes = [blocks.shape_of(target, block) for target in targets]
-    chosen = _chosen(targets, rules, shapes, due, scores, already, share)
-    return blocks.spread_all(chosen, targets.items, block)
+    chosen = _chosen(targets, rules, blocks.shapes, due, scores, already, share)
+    return [blocks.spread(*one) for one in enumerate(chosen)]
 
 
 def prune_masks(
@@ -177,19 +171,33 @@ def zeros_at_end(targets: Targets, rules: Rules, masks: Sequence[Tensor]) -> int
     """
     if rules.block is not None:
         size = math.prod(rules.block)
-        num_blocks = sum(
-            int((~blocks.block_any(mask, target, rules.block)).sum())
-            for mask, target in zip(masks, targets, strict=True)
-        )
+        blocks = Blocks(targets, rules.block)
+        num_blocks = sum(int((~blocks.any(*one)).sum()) for one in enumerate(masks))
         return max(rules.num_zeros, total(num_blocks, targets.across) * size)
     if rules.kept_of is None:
         return max(rules.num_zeros, num_dropped(masks, targets.across))
-    n, m = rules.kept_of
-    zeros = 0
-    for target, mask in zip(targets, masks, strict=True):
-        dropped = (~mask).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
-        zeros += int(dropped.clamp(min=m - n).sum())
+    apart = _across_groups(targets, rules.kept_of)
+    each = zip(targets, masks, apart, strict=True)
+    zeros = sum(_zeros_of_groups(*one, rules.kept_of) for one in each)
     return total(zeros, targets.across)
+
+
+def _zeros_of_groups(
+    target: Target, mask: Tensor, across: Across | None, kept_of: tuple[int, int]
+) -> int:
+    """Zeros at the end of the groups of one tensor that this process counts."""
+    n, m = kept_of
+    held = mask if across is None else across.whole(mask)
+    if across is not None and across.rank > 0:
+        return 0  # of what all hold alike, one process counts
+    dropped = (~held).movedim(target.input_dim, -1).reshape(-1, m).sum(dim=-1)
+    return int(dropped.clamp(min=m - n).sum())
+
+
+def _across_groups(targets: Targets, kept_of: tuple[int, int]) -> list[Across | None]:
+    """For each target, the processes in which its groups of M inputs lie, where they are cut."""
+    _, m = kept_of
+    return across_groups(targets, [m if one.input_dim == 0 else 1 for one in targets])
 
 
 def _counts_dropped(masks: Sequence[Tensor], across: Across | None = None) -> list[int]:
@@ -199,10 +207,8 @@ def _counts_dropped(masks: Sequence[Tensor], across: Across | None = None) -> li
 def _n_m_masks(
     targets: Targets, kept_of: tuple[int, int], num_zeros: int, scores: Scores
 ) -> list[Tensor]:
-    ends = [
-        n_m_mask(score, *kept_of, target.input_dim)
-        for score, target in zip(scores, targets, strict=True)
-    ]
+    each = zip(targets, scores, _across_groups(targets, kept_of), strict=True)
+    ends = [_n_m_end(*one, kept_of) for one in each]
     if scores.masks is not None:
         # a group that came with more zeros than the pattern asks for keeps them
         ends = [end & before for end, before in zip(ends, scores.masks, strict=True)]
@@ -212,35 +218,10 @@ def _n_m_masks(
     return global_masks(limited, num_zeros)
 
 
-def refuse_cut(targets: Targets, rules: Rules) -> None:
-    """See that no group or block of rows lies in two processes.
-
-    Raises:
-        RecipeError: E246.
-    """
-    if rules.block is not None:
-        shown = "block:{}x{}".format(*rules.block)
-        _refuse_cut(targets, shown, [one for one in targets if not one.is_stacked], rules.block[0])
-        _refuse_cut(targets, shown, [one for one in targets if not blocks.is_in_rows(one)], 0)
-    elif rules.kept_of is not None:
-        grouped = [one for one in targets if one.input_dim == 0]
-        _refuse_cut(targets, "{}:{}".format(*rules.kept_of), grouped, rules.kept_of[1])
-
-
-def _refuse_cut(targets: Targets, pattern: str, among: Sequence[Target], rows: int) -> None:
-    """Refuse groups of `rows` rows that lie in two processes; 0 rows: any tensor that is cut."""
-    cut = [
-        one
-        for one in among
-        if one.part is not None and (rows == 0 or one.part.begin % rows or len(one.param) % rows)
-    ]
-    if total(len(cut), targets.across) == 0:
-        return
-    shown = cut[0].name if cut else "in another process"
-    raise RecipeError(
-        "E246",
-        "the pattern is cut by the processes",
-        "sparsity.pattern",
-        f"{pattern}: {shown}: rows that belong together would lie in two of them",
-        "another number of processes, training.parallel ddp, or exclude it",
-    )
+def _n_m_end(
+    target: Target, score: Tensor, across: Across | None, kept_of: tuple[int, int]
+) -> Tensor:
+    """The rows that lie here of one tensor's N:M mask."""
+    if across is None:
+        return n_m_mask(score, *kept_of, target.input_dim)
+    return target.own(n_m_mask(across.whole(score), *kept_of, target.input_dim))

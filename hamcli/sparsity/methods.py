@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hamcli.errors import RecipeError
-from hamcli.sparsity import blocks
+from hamcli.sparsity.blocks import Blocks
 from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.exchange import annealed, exchange_all, exchanged
 from hamcli.sparsity.masks import (
@@ -24,7 +24,6 @@ from hamcli.sparsity.masks import (
     nonzero_masks,
     num_dropped,
     prune_masks,
-    refuse_cut,
     zeros_at_end,
 )
 from hamcli.sparsity.rules import Rules, make_rules, settled_allocation
@@ -162,20 +161,20 @@ class Sparsifier:
         params, block = self._targets.params, self._rules.block
         if block is None:
             return exchange_all(params, masks, fraction, self._targets.across)
-        made = []
-        for target, mask in zip(self._targets, masks, strict=True):
-            grad = target.param.grad
+        made, blocks = [], Blocks(self._targets, block)
+        for index, (param, mask) in enumerate(zip(params, masks, strict=True)):
+            grad = param.grad
             if grad is None:
                 made.append(mask.clone())
                 continue
             keep = exchanged(
-                blocks.block_any(mask, target, block),
-                blocks.block_sums(magnitude(target.param), target, block),
-                blocks.block_sums(grad.abs(), target, block),
+                blocks.any(index, mask),
+                blocks.sums(index, magnitude(param)),
+                blocks.sums(index, grad.abs()),
                 fraction,
                 self._targets.across,
             )
-            made.append(blocks.spread(keep, target, block))
+            made.append(blocks.spread(index, keep))
         return made
 
     def state(self) -> dict[str, Tensor]:
@@ -270,7 +269,6 @@ def make_sparsifier(
         max_sparsity=max_sparsity,
         outliers=outliers,
     )
-    refuse_cut(targets, rules)
     times = Times(
         steps, ramp_start, freeze_last, update_every, phase, drop_fraction, cycles, start_sparsity
     )

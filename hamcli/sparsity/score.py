@@ -151,6 +151,24 @@ class Scores(Sequence[Tensor]):
         )
 
 
+def as_they_are(scores: Tensor) -> Tensor:
+    """The score of what is a score already."""
+    return scores
+
+
+@torch.no_grad()
+def all_layer_adaptive(scores: Sequence[Tensor]) -> Sequence[Tensor]:
+    """`layer_adaptive` of each; where rows lie in several processes, of one whole at a time."""
+    across = scores.across if isinstance(scores, Scores) else None
+    if across is None:
+        return [layer_adaptive(one) for one in scores]
+    made = []
+    for one in scores:
+        begin = int(across.gather([len(one)])[: across.rank].sum())
+        made.append(layer_adaptive(across.whole(one))[begin : begin + len(one)].clone())
+    return Scores(made, as_they_are, across=across)
+
+
 def _limited(score: Tensor, spared: Tensor | None, kept: Tensor | None) -> Tensor:
     """The scores, above all where `spared`, below all where not `kept`."""
     greatest = torch.finfo(score.dtype).max

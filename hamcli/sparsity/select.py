@@ -21,7 +21,7 @@ from torch import Tensor
 
 from hamcli.native import selection
 from hamcli.sparsity.across import Across
-from hamcli.sparsity.score import Scores, magnitude
+from hamcli.sparsity.score import Scores, as_they_are, magnitude
 
 CHUNK = 1 << 18  # elements; a chunk and its keys stay in a core's cache
 DIGIT_BITS = 16
@@ -145,7 +145,7 @@ def exact_mask(score: Tensor, num_zeros: int, across: Across | None = None) -> T
     """
     if across is None:
         return global_masks([score], num_zeros)[0]
-    return global_masks(Scores([score], lambda one: one, across=across), num_zeros)[0]
+    return global_masks(Scores([score], as_they_are, across=across), num_zeros)[0]
 
 
 def exact_masks(scores: Sequence[Tensor], counts: Sequence[int]) -> list[Tensor]:

@@ -64,6 +64,12 @@ class Target:
         """Number of weights of the whole tensor."""
         return math.prod(self.shape)
 
+    def own(self, whole: Tensor) -> Tensor:
+        """What of a tensor of the target's shape belongs to `param`: its rows."""
+        if self.part is None:
+            return whole
+        return whole[self.part.begin : self.part.begin + len(self.param)].clone()
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Targets(Sequence[Target]):

@@ -53,6 +53,31 @@ def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32, layers: in
     return folder
 
 
+def make_gpt2(folder: Path) -> Path:
+    """The same of a model whose weights lie as [inputs, outputs], in rows of 20 and 80."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    vocabulary = json.loads((ALBERT / "config.json").read_text())["vocab_size"]
+    config = GPT2Config(
+        vocab_size=vocabulary,
+        n_embd=20,
+        n_layer=2,
+        n_head=2,
+        n_positions=32,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ALBERT / name, folder / name)
+    return folder
+
+
 def make_data(folder: Path) -> Path:
     """Lines of text, and the model, in one folder."""
     path = folder / "smiles.txt"

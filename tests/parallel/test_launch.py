@@ -12,9 +12,10 @@ import time
 import pytest
 
 from hamcli.errors import InputRefused, RecipeError, ResourceError, UsageError
-from hamcli.parallel import launch
+from hamcli.parallel import launch, world
+from hamcli.parallel import mates as mates_
 from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
-from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, error_of
+from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, _news_of, error_of
 from hamcli.parallel.parts import fingerprint, part_of, refuse_uneven_batch
 from tests.parallel.pico import ALBERT, environment
 
@@ -131,6 +132,40 @@ def test_a_command_of_one_process_says_so_once(tmp_path):
     assert second.stderr == second.stdout == ""
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_that_never_comes_is_not_waited_for_long(monkeypatch, rank):
+    from torch.distributed import TCPStore
+
+    # as torchrun keeps it, in a process of its own
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    said = {
+        "RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": store.port, "TORCHELASTIC_USE_AGENT_STORE": True,
+    }  # fmt: skip
+    for key, value in said.items():
+        monkeypatch.setenv(key, str(value))
+    monkeypatch.setattr(world, "JOIN_SECONDS", 0.5)
+    with pytest.raises(ResourceError, match="E547"), world.joined("ddp", "cpu"):
+        pass
+
+
+@pytest.mark.parametrize("error", [TimeoutError("timed out"), RuntimeError("Connection closed")])
+def test_who_fails_while_they_meet_says_so_and_tells_those_who_came(monkeypatch, error):
+    for key, value in TWO.items():
+        monkeypatch.setenv(key, value)
+    told = []
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(world, "_init", lambda device, launch: None)
+    monkeypatch.setattr(world, "_shake_hands", fail)
+    monkeypatch.setattr(Mates, "end_together", lambda self, error: told.append(error))
+    with pytest.raises(ResourceError, match="E547") as caught, world.joined("ddp", "cpu"):
+        pass
+    assert told == [caught.value]
+
+
 MATE = """
 import sys, time
 from hamcli.parallel.mates import Mates
@@ -237,6 +272,33 @@ def test_only_who_knows_the_token_may_enter(pair):
         assert link.getsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE)
 
 
+def test_who_knocks_and_says_nothing_keeps_nobody_out(monkeypatch):
+    monkeypatch.setattr(mates_, "HELLO_SECONDS", 0.2)
+    first, second = Mates(0, 2), Mates(1, 2)
+    port = first.listen("secret")
+    accepting = threading.Thread(target=first.accept, args=(60,))
+    accepting.start()
+    with socket.create_connection(("127.0.0.1", port), timeout=20):
+        second.connect("127.0.0.1", port, "secret", 20)
+        accepting.join(5)
+        assert list(first._links) == [1]
+    accepting.join(20)
+    for one in (first, second):
+        one.leave()
+        for link in one._links.values():
+            link.close()
+
+
+def test_a_collective_that_another_broke_is_told_as_what_broke_it(pair):
+    first, second = pair
+    first._is_leaving = second._is_leaving = True
+    line = "ham: error[HAM-E001]: process 1: ValueError: odd"
+    first._news = News(1, 1, "E001", (line,))
+    first._heard.set()
+    found = first.end_together(RuntimeError("Connection closed by peer"))
+    assert (found.exit_code, found.line()) == (1, line)
+
+
 def test_a_failure_is_told_in_the_words_of_who_failed(pair):
     first, second = pair
     first._is_leaving = second._is_leaving = True  # no listening thread ends this process
@@ -250,6 +312,21 @@ def test_a_failure_is_told_in_the_words_of_who_failed(pair):
     assert second.end_together(InputRefused("E452", "no rows")) is None
     first._news = News(1, 4, "E452", ("line",))
     assert first.end_together(InputRefused("E453", "no column")) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "exit_code", "code"),
+    [
+        (MemoryError(), 5, "E543"),
+        (RuntimeError("CUDA out of memory. Tried to allocate 2 GiB"), 5, "E543"),
+        (OSError(28, "No space left on device"), 5, "E506"),
+        (ValueError("odd"), 1, "E001"),
+    ],
+)
+def test_what_the_system_refuses_one_process_all_end_with(error, exit_code, code):
+    found = error_of(_news_of(error, 1), 2)
+    assert (found.exit_code, found.code) == (exit_code, code)
+    assert f"HAM-{code}" in found.line()
 
 
 def test_news_of_the_dead_is_an_error_of_the_machine():

@@ -5,16 +5,28 @@ import subprocess
 
 import pytest
 
+from hamcli.sparsity.blocks import block_any, block_sums
 from hamcli.sparsity.exchange import exchanged
 from hamcli.sparsity.masks import num_dropped
 from tests.parallel.pico import environment, torchrun
-from tests.parallel.selecting import CASES, choose, steps, targets_of, whole_tensors
+from tests.parallel.selecting import (
+    CASES,
+    CUT_CASES,
+    CUT_METHODS,
+    PATTERNS,
+    choose,
+    choose_cut,
+    cut_targets,
+    steps,
+    targets_of,
+    whole_tensors,
+)
 
 pytestmark = pytest.mark.slow
 METHODS = ("gradual", "one-shot", "random", "ac-dc", "rigl", "cyclic")
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, 3, 4])
 def processes(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp(f"ranks-{request.param}")
     launch = torchrun(request.param, "-m", "tests.parallel.selecting", folder)
@@ -49,6 +61,53 @@ def test_the_planted_ties_lie_in_several_processes(processes):
     assert any(bool((t & ~d).any()) for t, d in zip(tied, dropped, strict=True))
     assert bool(tied[1][:4].any())
     assert bool(tied[1][12:].any())
+
+
+@pytest.mark.parametrize("case", CUT_CASES)
+def test_groups_that_several_processes_hold_are_those_of_the_whole(processes, case):
+    for index, mask in enumerate(choose_cut(case)):
+        assert together(processes, case, index) == mask.tolist(), index
+
+
+@pytest.mark.parametrize(("method", "pattern", "target"), CUT_METHODS)
+def test_a_method_over_cut_groups_is_that_over_the_whole(processes, method, pattern, target):
+    case = f"{method} {pattern}"
+    for step, expected in enumerate(steps(cut_targets(pattern), method, target, pattern)):
+        for index, mask in enumerate(expected[:-1]):
+            rows = [row for found in processes for row in found[case][step][index]]
+            assert rows == mask.tolist(), (step, index)
+        assert all(found[case][step][-1] == expected[-1].tolist() for found in processes)
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_groups_of_the_first_tensor_lie_in_several_processes(pattern):
+    rows = {"2:4": 4, "block:3x2": 3}[pattern]
+    length = len(cut_targets(pattern)[0].param)
+    assert all(-(-length // size) % rows for size in (2, 3, 4))
+
+
+def test_of_equal_weights_in_a_cut_group_some_stay_and_some_go():
+    weights, mask = cut_targets("2:4")[0].param.abs(), choose_cut("cut 2:4")[0]
+    grouped, kept = weights.view(-1, 4, 6), mask.view(-1, 4, 6)
+    least = grouped.masked_fill(~kept, 9.0).amin(1, keepdim=True)
+    assert bool(((grouped == least) & ~kept).any())
+
+
+def test_of_equal_blocks_of_a_cut_tensor_some_stay_and_some_go():
+    targets, masks = cut_targets("block:3x2"), choose_cut("cut blocks")
+    found = []
+    for one, mask in zip(targets, masks, strict=True):
+        sums = block_sums(one.param.abs(), one, (3, 2)).flatten()
+        found.append((sums, block_any(mask, one, (3, 2)).flatten()))
+    largest = max(float(sums[~kept].max()) for sums, kept in found)
+    tied = [kept[sums == largest] for sums, kept in found]
+    # the blocks of this kernel lie in another order than its rows, which are cut
+    assert 0 < int(tied[2].sum()) < len(tied[2])
+
+
+def test_parts_of_any_length_make_a_whole(processes):
+    every = [[float(rank)] * 2 for rank in range(len(processes)) for _ in range(rank)]
+    assert all(found["uneven"] == [every, []] for found in processes)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -1,17 +1,21 @@
 """Two processes make what one makes, under DDP and FSDP2; they stop, die and go on together."""
 
+import json
 import subprocess
 import sys
 import time
 
 import pytest
 
+from hamcli.parallel.world import World
+from tests.parallel.idling import trained
 from tests.parallel.pico import (
     QUICK,
     assert_same_masks,
     environment,
     integers,
     make_data,
+    make_gpt2,
     make_llama,
     report_of,
     settings,
@@ -52,6 +56,38 @@ def test_masks_and_counts_are_those_of_one_process(folder, two):
     for key in ("loss", "exponent_mean", "exponent_max"):
         here, there = (found["training"]["curves"][key] for found in (one, other))
         assert there == pytest.approx(here, rel=1e-3 if "ex" in key else 1e-5), key
+
+
+@pytest.mark.parametrize(("pattern", "target"), [("2:4", 0.5), ("block:4x4", 0.7)])
+def test_a_pattern_that_the_parts_cut_is_that_of_one_process(folder, pattern, target):
+    # parts of 10 rows, along which groups of 4 and blocks of 4 inputs lie
+    if not (folder / "gpt2").exists():
+        make_gpt2(folder / "gpt2")
+    words = ["gpt2", "--data", "smiles.txt", "--task", "causal-lm", "--steps", "12"]
+    values = {"sparsity.pattern": pattern, "sparsity.target": target}
+    one, two = (pattern.replace(":", "-") + tail for tail in ("-one", "-two"))
+    sparsify(1, folder, *words, "--out", one, **values)
+    sparsify(2, folder, *words, "--out", two, "--parallel", "fsdp", **values)
+    assert assert_same_masks(folder / one, folder / two) < TOLERANCE
+    here, there = report_of(folder / one), report_of(folder / two)
+    assert integers(here) == integers(there)
+    assert there["environment"]["num_processes"] == 2
+    shown = there["quality"]["one_shot"]
+    assert shown == pytest.approx(here["quality"]["one_shot"], rel=1e-5)
+
+
+def test_an_ascent_and_scores_that_are_sorted_are_those_of_one_process(folder):
+    words = ["m", "--data", "smiles.txt", "--task", "causal-lm", "--target", "0.8"]
+    words += ["--steps", "10"]
+    values = {"optimizer.sam": 0.05, "sparsity.allocation": "lamp", "training.accumulation": 2}
+    for out, kind in (("sam-one", "none"), ("sam-ddp", "ddp"), ("sam-fsdp", "fsdp")):
+        size = 1 if kind == "none" else 2
+        sparsify(size, folder, *words, "--out", out, "--parallel", kind, **values)
+    # they came out equal
+    assert assert_same_masks(folder / "sam-ddp", folder / "sam-fsdp") <= 5e-7
+    # measured: 3.1e-5, under DDP too
+    assert assert_same_masks(folder / "sam-one", folder / "sam-fsdp") < 2e-4
+    assert integers(report_of(folder / "sam-one")) == integers(report_of(folder / "sam-fsdp"))
 
 
 def test_weights_are_those_of_one_process_that_adds_the_same_halves(folder, two):
@@ -121,3 +157,18 @@ def test_when_one_process_is_killed_all_are_gone_and_the_run_goes_on(folder, kin
     done = sparsify(2, folder, *words, **same)
     assert not (folder / f"{out}.run").exists(), done.stderr
     assert report_of(folder / out)["training"]["steps"] == 200
+
+
+def test_a_layer_that_the_rows_of_one_process_never_reach_is_trained_like_in_one(tmp_path):
+    launch = torchrun(2, "-m", "tests.parallel.idling", tmp_path / "found")
+    done = subprocess.run(
+        launch, env=environment(), capture_output=True, text=True, timeout=100, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    has_idle, expected = trained(World())
+    assert not has_idle
+    for rank in range(2):
+        told, weights = json.loads((tmp_path / f"found.{rank}").read_text())
+        assert told  # they agree, or one would wait for what the other does not send
+        for here, there in zip(weights, expected, strict=True):
+            assert here == pytest.approx(there, rel=1e-6)
