@@ -83,7 +83,8 @@ class Conclusion:
         device: Where the written model is measured.
         measure: Quality of a model on the held-out examples; None where another process has it.
         stop_here: Ends the run if a signal has come; looked at between the parts.
-        warnings: Of the run so far, told in the report; what is seen here comes to them.
+        warnings: Of the run, told in the report.
+        warn: Adds one to them, and says it now.
     """
 
     def __init__(
@@ -98,12 +99,13 @@ class Conclusion:
         *,
         measure: Callable[[nn.Module], Quality | None],
         stop_here: Callable[[], None],
-        warnings: list[str],
+        warnings: Sequence[str],
+        warn: Callable[[str], None],
     ) -> None:
         self.opened, self.trained, self.run, self.world = opened, trained, run, world
         self.recipe, self.progress, self.warnings = opened.recipe, progress, warnings
         self.environment, self.device = environment, device
-        self._measure, self._stop_here = measure, stop_here
+        self._measure, self._stop_here, self._warn = measure, stop_here, warn
 
     def report(self) -> Report | None:
         """Write the folder and publish it; the report, None but in process 0."""
@@ -248,11 +250,6 @@ class Conclusion:
             histogram=change.histogram,
             warnings=tuple(self.warnings),
         )
-
-    def _warn(self, text: str) -> None:
-        """Say it now, and in the report."""
-        self.warnings.append(text)
-        self.progress.warn(text)
 
     def _warn_of(self, tensors: Sequence[TensorRecord]) -> None:
         empty = [one.name for one in tensors if one.zeros == one.total]

@@ -41,13 +41,18 @@ def out_folder(model: str, target: float) -> Path:
 
 def export_path(path: Path, form: str) -> Path:
     """`NAME-packed` beside a folder, `NAME-packed.safetensors` beside a file."""
-    place = Path(os.path.abspath(path)) if path.name in ("", "..") else path
+    place = _named(path)
     suffix = path.suffix if path.is_file() else ""
     return place.with_name(f"{place.name.removesuffix(suffix)}-{form}{suffix}")
 
 
+def _named(path: Path) -> Path:
+    """A path with a name of its own: what `.` and `..` stand for."""
+    return Path(os.path.abspath(path)) if path.name in ("", "..") else path
+
+
 def _short_name(model: str) -> str:
-    if Path(model).name in ("", ".."):
-        model = os.path.abspath(model)
-    name = model.partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]
+    name = (
+        str(_named(Path(model))).partition("@")[0].rstrip("/").replace(":", "/").rpartition("/")[2]
+    )
     return name.removesuffix(".safetensors") or "model"

@@ -50,7 +50,7 @@ def refuse_high_loss(records: Sequence[StepRecord], empty_loss: float) -> None:
     )
 
 
-def collapse(records: Sequence[StepRecord]) -> str | None:
+def describe_collapse(records: Sequence[StepRecord]) -> str | None:
     """What to warn of once the network has ceased to answer to training; else None.
 
     A first few steps at the full learning rate can drive a network to where its output hardly
@@ -68,12 +68,14 @@ def collapse(records: Sequence[StepRecord]) -> str | None:
         for one in records
         if one.exponent_mean is not None and one.lr > 0
     ]
+    if len(sizes) < 2 * MEASURES:
+        return None
     parts = [sizes[end - MEASURES : end] for end in range(MEASURES, len(sizes) + 1)]
     medians = [[statistics.median(column) for column in zip(*part, strict=True)] for part in parts]
+    size_before = medians[0][0]
+    # a network may be driven astray within these few steps
+    loss_before = min(loss for _, loss in parts[0])
     for size, loss in medians[MEASURES:]:
-        size_before = medians[0][0]
-        # a network may be driven astray within these few steps
-        loss_before = min(loss for _, loss in parts[0])
         if size < VANISHED * size_before and loss > loss_before:
             return (
                 f"the targets' gradients have all but vanished at a loss of {loss:.4g}, "

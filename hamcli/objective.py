@@ -98,13 +98,12 @@ class Objective:
             here = 1.0
             if part is not None:
                 here = part.size * self._count(name, batch) / max(1, self._count(name, part.whole))
-            if here == 0:  # nothing counts here: a mean would be NaN, and the others wait
+            # also where nothing counts: the others wait for what a term sums over the processes
+            term = self._term(name, student, guide, batch, part)
+            if here == 0:  # a mean of nothing is NaN
                 total = total + 0 * _outputs(student).sum()
-                if name == "hidden":  # for what it sums over the processes
-                    self._term(name, student, guide, batch, part)
-                continue
-            weight = weight if here == 1 else weight * here
-            total = total + weight * self._term(name, student, guide, batch, part)
+            else:
+                total = total + (weight if here == 1 else weight * here) * term
         return total
 
     def _count(self, name: str, batch: Batch) -> int:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 
-from hamcli.checkpoint.loading import LoadedModel, has_head, load_model
+from hamcli.checkpoint.fitting import has_head
+from hamcli.checkpoint.loading import LoadedModel, load_model
 from hamcli.checkpoint.source import Source, find_model, infer_task
 from hamcli.completing import complete, placed, public_recipe
 from hamcli.data import Data, label_names, open_data

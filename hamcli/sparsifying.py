@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.concluding import Conclusion, Trained
 from hamcli.data import batch, evaluation_batches
-from hamcli.divergence import collapse, refuse_high_loss
+from hamcli.divergence import describe_collapse, refuse_high_loss
 from hamcli.errors import HamError, RecipeError, stopped_by
 from hamcli.evaluation import Quality, measure
 from hamcli.objective import Objective, Part, make_teacher
@@ -150,6 +150,7 @@ class Sparsification:
             measure=lambda model: self._measure(model, self.teacher),
             stop_here=self._stop_here,
             warnings=self.warnings,
+            warn=self._warn,
         )
 
     def _place(self) -> nn.Module | None:
@@ -408,7 +409,7 @@ class Sparsification:
 
     def _look_for_collapse(self) -> None:
         """Warn once, as soon as it is seen, for who would rather not wait for the end."""
-        warning = collapse(self.history.records)
+        warning = describe_collapse(self.history.records)
         if warning is not None and warning not in self.warnings:
             self._warn(warning)
 

@@ -11,7 +11,7 @@ from hamcli.divergence import (
     MEASURES,
     PATIENCE,
     VANISHED,
-    collapse,
+    describe_collapse,
     first_non_finite,
     refuse_high_loss,
     refuse_non_finite,
@@ -59,10 +59,12 @@ SOUND = [(1.0, 0.5), *[(1.0, 11.0)] * (MEASURES - 1)]
 
 def test_a_network_whose_gradients_vanished_at_a_high_loss_has_collapsed():
     dead = measured(*SOUND, *[(VANISHED / 1.1, 9.5)] * MEASURES)
-    assert "a loss of 9.5, 0.5 at the start" in collapse(dead)
-    assert collapse(dead[:-6]) is None  # as many measures are sound yet
+    assert "a loss of 9.5, 0.5 at the start" in describe_collapse(dead)
+    assert describe_collapse(dead[:-6]) is None  # as many measures are sound yet
     after = [(1.0, 0.7)] * MEASURES
-    assert collapse(measured(*SOUND, *[(0.0, 9.5)] * MEASURES, *after)) == collapse(dead)
+    assert describe_collapse(
+        measured(*SOUND, *[(0.0, 9.5)] * MEASURES, *after)
+    ) == describe_collapse(dead)
 
 
 @pytest.mark.parametrize(
@@ -74,8 +76,8 @@ def test_a_network_whose_gradients_vanished_at_a_high_loss_has_collapsed():
     ],
 )
 def test_a_network_that_learns_or_has_learnt_has_not_collapsed(later):
-    assert collapse(measured(*SOUND, *later)) is None
-    assert collapse(records(*[1.0] * 20, *[9.0] * 200)) is None  # nothing was measured
+    assert describe_collapse(measured(*SOUND, *later)) is None
+    assert describe_collapse(records(*[1.0] * 20, *[9.0] * 200)) is None  # nothing was measured
 
 
 def layer(gradient):

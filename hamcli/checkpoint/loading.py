@@ -18,10 +18,20 @@ import torch
 from torch import nn
 
 from hamcli.checkpoint.config import TASKS, clean_config, infer_task
+from hamcli.checkpoint.fitting import (
+    Body,
+    check_dtypes,
+    check_finite,
+    check_mismatched,
+    check_missing,
+    check_unexpected,
+    has_head,
+    is_pooler,
+    refuse_twins,
+)
 from hamcli.checkpoint.folder import (
     CONFIG,
 )
-from hamcli.checkpoint.headers import FLOATS
 from hamcli.checkpoint.preprocessing import (
     find_image_processor,
     find_tokenizer,
@@ -34,7 +44,7 @@ from hamcli.checkpoint.reading import (
 from hamcli.checkpoint.source import Source
 from hamcli.errors import HamError, InputRefused, ResourceError
 
-__all__ = ["LoadedModel", "build_skeleton", "has_head", "load_model", "quiet_transformers"]
+__all__ = ["LoadedModel", "build_skeleton", "load_model", "quiet_transformers"]
 
 DTYPE_NAMES = {
     "float32": torch.float32,
@@ -51,7 +61,6 @@ _MAPPING_OF_TASK = {
     "image-classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING",
     "feature-extraction": "MODEL_MAPPING",
 }
-_NEW_HEAD_TASKS = ("text-classification", "token-classification", "image-classification")
 _SPARE_BYTES = 32 * 2**20
 """What a model may need beyond its file: a new head, tables that are not saved."""
 
@@ -96,14 +105,6 @@ def build_skeleton(source: Source) -> nn.Module:
         )
         skeleton.tie_weights()
     return skeleton  # type: ignore[no-any-return]
-
-
-def has_head(source: Source, task: str) -> bool:
-    """Whether the checkpoint was saved with the head of `task`."""
-    try:
-        return infer_task(source.config) == task
-    except InputRefused:
-        return False
 
 
 def load_model(
@@ -197,19 +198,19 @@ def _load(
     replace_head = _adopt_labels(config, source, task, id2label)
     arguments = _arguments(source, model_class, task)
     skeleton = _skeleton(source, model_class, config, arguments)
-    body = _Body(skeleton)
+    body = Body(skeleton)
     tensors = {
         name: tensor
         for name, tensor in lazy_tensors(source).items()
-        if not (replace_head and body.is_head(name) and not _is_pooler(name))
+        if not (replace_head and body.is_head(name) and not is_pooler(name))
     }
-    _refuse_twins(source, tensors, body.prefix)
+    refuse_twins(source, tensors, body.prefix)
     model, info = _read_weights(source, model_class, config, arguments, torch_dtype, tensors, seed)
-    new_head = _check_missing(source, task, body, model, info, allow_new_head, replace_head)
-    dropped = _check_unexpected(source, body, info)
-    _check_mismatched(source, info)
-    _check_dtypes(source, model, tensors)
-    _check_finite(source, model)
+    new_head = check_missing(source, task, body, model, info, allow_new_head, replace_head)
+    dropped = check_unexpected(source, body, info)
+    check_mismatched(source, info)
+    check_dtypes(source, model, tensors)
+    check_finite(source, model)
     notes = _notes(source, torch_dtype, task, dropped, new_head)
     return _Network(model, new_head, dropped, notes)
 
@@ -277,7 +278,7 @@ def _adopt_labels(
 def _arguments(source: Source, model_class: Any, task: str) -> dict[str, Any]:
     """No pooler where the file has none: nobody would notice that it is random."""
     takes_it = "add_pooling_layer" in inspect.signature(model_class.__init__).parameters
-    has_it = any(_is_pooler(name) for name in source.names)
+    has_it = any(is_pooler(name) for name in source.names)
     if task == "feature-extraction" and takes_it and not has_it:
         return {"add_pooling_layer": False}
     return {}
@@ -298,33 +299,6 @@ def _skeleton(source: Source, model_class: Any, config: Any, arguments: dict[str
             "the config.json that belongs to these weights",
         )
     return skeleton
-
-
-class _Body:
-    """Which names belong to the base model, and which to a head on it."""
-
-    def __init__(self, skeleton: Any) -> None:
-        self.class_name = type(skeleton).__name__
-        self.prefix: str = skeleton.base_model_prefix
-        base = getattr(skeleton, self.prefix, None) if self.prefix else None
-        body = base if isinstance(base, nn.Module) else skeleton
-        self.inside = _first_names(body)
-        self.heads = _first_names(skeleton) - {self.prefix} if body is not skeleton else set()
-
-    def is_head(self, name: str) -> bool:
-        """Whether `name`, in the file's or the model's naming, belongs to a task."""
-        first = name.partition(".")[0]
-        # a pooler lies inside the base model, and still only some tasks train it
-        return _is_pooler(name) or (first != self.prefix and first not in self.inside)
-
-
-def _first_names(module: nn.Module) -> set[str]:
-    names = {name for name, _ in module.named_children()}
-    return names | {name for name, _ in module.named_parameters(recurse=False)}
-
-
-def _is_pooler(name: str) -> bool:
-    return "pooler" in name.split(".")
 
 
 # ---- reading ----
@@ -356,141 +330,6 @@ def _read_weights(
         )
     model.eval()
     return model, info
-
-
-# ---- what was found ----
-
-
-def _refuse_twins(source: Source, tensors: Mapping[str, Any], prefix: str) -> None:
-    """One tensor under two names, with and without the base model's prefix: which one counts?"""
-    for name in tensors:
-        if prefix and f"{prefix}.{name}" in tensors:
-            raise InputRefused(
-                "E412", "one tensor under two names", source.id, f"{name} and {prefix}.{name}"
-            )
-
-
-def _check_missing(
-    source: Source,
-    task: str,
-    body: _Body,
-    model: Any,
-    info: dict[str, Any],
-    allow_new_head: bool,
-    replace_head: bool,
-) -> bool:
-    """Whether the head is new; refuse every other missing tensor."""
-    missing = set(info["missing_keys"])
-    if not missing:
-        return False
-    inside = sorted(name for name in missing if not body.is_head(name))
-    if inside or (has_head(source, task) and not replace_head):
-        name = (inside or sorted(missing))[0]
-        raise InputRefused(
-            "E425",
-            "tensor missing",
-            f"{source.id}: {name}",
-            f"the config describes it, the file lacks it ({len(missing)} in all)",
-            "the weights that belong to this config.json",
-        )
-    if task == "feature-extraction" and all(_is_pooler(name) for name in missing):
-        return False
-    if not allow_new_head or task not in _NEW_HEAD_TASKS:
-        trained = "train a head by giving labelled --data"
-        raise InputRefused(
-            "E426",
-            f"no head for {task}",
-            source.id,
-            f"the file has no {min(missing)}",
-            trained if task in _NEW_HEAD_TASKS else "--task of the head that it has",
-            ["--task feature-extraction keeps the body of any model and drops its head"],
-        )
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    head = {name for name, _ in model.named_parameters() if body.is_head(name)}
-    if kept := sorted(name for name in head - missing - tied if not _is_pooler(name)):
-        raise InputRefused(
-            "E425",
-            "tensor missing",
-            f"{source.id}: {min(missing)}",
-            f"a part of the head is there, {kept[0]}",
-            "all of the head or none",
-        )
-    return True
-
-
-def _check_unexpected(source: Source, body: _Body, info: dict[str, Any]) -> tuple[str, ...]:
-    """The tensors of another head; refuse every other that the model has no place for."""
-    unexpected = sorted(info["unexpected_keys"])
-    inside = [name for name in unexpected if not _may_drop(source, body, name)]
-    if inside:
-        raise InputRefused(
-            "E427",
-            "tensor that the config does not describe",
-            f"{source.id}: {inside[0]}",
-            f"{len(inside)} in all",
-            "the config.json that belongs to these weights",
-        )
-    return tuple(unexpected)
-
-
-def _may_drop(source: Source, body: _Body, name: str) -> bool:
-    """Whether `name` is of another head.
-
-    A model of the same class as the file may still lack a pooler, or a second head beside its own:
-    plain BERT comes with both. Anything else there is an extra tensor.
-    """
-    is_same = body.class_name in (source.config.get("architectures") or ())
-    first = name.partition(".")[0]
-    return body.is_head(name) and (not is_same or _is_pooler(name) or first in body.heads)
-
-
-def _check_mismatched(source: Source, info: dict[str, Any]) -> None:
-    mismatched = sorted(info["mismatched_keys"], key=str)
-    if mismatched:
-        name, in_file, in_model = (*mismatched[0], None, None)[:3]
-        raise InputRefused(
-            "E429",
-            "tensor of the wrong shape",
-            f"{source.id}: {name}",
-            f"{_shape(in_file)} in the file, {_shape(in_model)} by the config",
-            "the config.json that belongs to these weights",
-        )
-
-
-def _shape(shape: Any) -> str:
-    return "?" if shape is None else str(list(shape))
-
-
-def _check_dtypes(source: Source, model: Any, tensors: Mapping[str, LazyTensor]) -> None:
-    """Refuse integers and 8-bit floats that were cast into a floating-point weight."""
-    integer_slots = {
-        name.rpartition(".")[2]
-        for name, tensor in model.state_dict().items()
-        if not tensor.is_floating_point()
-    }
-    for name, tensor in tensors.items():
-        is_float = tensor.info.dtype in FLOATS
-        if tensor.was_read and not is_float and name.rpartition(".")[2] not in integer_slots:
-            raise InputRefused(
-                "E428",
-                "tensor of the wrong dtype",
-                f"{source.id}: {name}",
-                f"{tensor.info.dtype} where the model has a floating-point weight",
-                "the model before it was quantised",
-            )
-
-
-def _check_finite(source: Source, model: Any) -> None:
-    for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            count = int((~torch.isfinite(tensor)).sum())
-            raise InputRefused(
-                "E430",
-                "tensor that is not finite",
-                f"{source.id}: {name}",
-                f"{count} of {tensor.numel()} values are NaN or infinite as {tensor.dtype}",
-                "a sound checkpoint, or a wider --set model.dtype",
-            )
 
 
 def _notes(

@@ -106,7 +106,7 @@ def find_model(
     path, revision = _locate(model, offline)
     if path.is_dir():
         folder = path
-        files, index = _weights_of(folder, _NAMED if takes_config else _RENAMED)
+        files, index = _weights_of(folder, _way_in(folder) if takes_config else _RENAMED)
     else:
         files, index = {path.name: _bare_file(path, config, takes_config)}, None
         folder = _config_path(config or "").parent
@@ -223,6 +223,11 @@ def _builtin(model: str) -> Path:
     raise InputRefused(
         "E404", "built-in model not installed", model, f"no package {package}", hints=[install]
     )
+
+
+def _way_in(folder: Path) -> str:
+    """What to do with a single file by another name, where a config can be given with it."""
+    return _NAMED if os.path.lexists(folder / CONFIG) else _ALONE
 
 
 def _weights_of(folder: Path, hint: str) -> tuple[dict[str, Path], dict[str, Any] | None]:
@@ -376,8 +381,6 @@ def _refuse_weights(folder: Path, hint: str) -> NoReturn:
         why = f"there is {others[0][:80]}"
         raise InputRefused("E407", "shards without their index", folder, why, INDEX)
     if others:
-        if CONFIG not in names and hint == _NAMED:
-            hint = _ALONE
         raise InputRefused(
             "E407",
             "no model.safetensors",

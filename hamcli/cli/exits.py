@@ -78,9 +78,7 @@ def settled(code: int) -> int:
                 continue
             if error.errno != errno.EPIPE:
                 error.filename = name
-                known = foreseen(error)
-                assert known is not None
-                code = _told(known)
+                code = _unknown(error)
     return code
 
 

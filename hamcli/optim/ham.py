@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from hamcli.optim import cpu, forms, fused, plain
+from hamcli.optim import cpu, forms, plain
 from hamcli.optim.exponents import (
     CALIBRATION_STEPS,
     alpha_now,
@@ -32,7 +32,6 @@ WEIGHT_DECAYS = {"adamw": 1e-2, "adam": 0.0, "sgd": 0.0}  # torch's own
 BACKENDS = ("auto", "rule", "cpu", "gpu")
 GUARD_EVERY = 10  # steps
 GUARD_LIMIT = 0.05  # a mean |exponent| above it lets tensors collapse
-GPU_BACKEND = "hamcli.optim.gpu"  # imported only where one is
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Base = Literal["adamw", "adam", "sgd"]
@@ -443,51 +442,6 @@ class HAM(torch.optim.Optimizer):
                     self.state[param][key] = _placed(key, value, param)
 
 
-@torch.no_grad()
-def ham_step_(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor | None],
-    *,
-    lr: float,
-    alpha: float,
-    beta: float,
-    clamp: float = 5.0,
-    masks: Sequence[Tensor | None] | None = None,
-) -> None:
-    """The mirror step of HAM alone, in place, for the post-step hook of any optimizer.
-
-    w <- w * exp(clamp(-lr * (alpha * sign(w) * g + beta), -clamp, clamp)), then the mask (arXiv
-    2506.02630), computed in fp32 at least and rounded once. Stateless, hence what rounding drops is
-    lost: exponents below about 2e-3 in bf16, below 3e-8 in fp32. `HAM` keeps the decay.
-
-    Args:
-        params: Weights after the base optimizer's step. Written.
-        grads: The gradients that step used; where None only the mask acts.
-        lr: Learning rate of this step.
-        alpha: Pull along the gradient; 200 in the paper.
-        beta: Pull towards zero; 1e-3 in the paper.
-        clamp: Greatest |exponent|.
-        masks: Bool, True where kept, or None where all are; one for each parameter.
-
-    Example:
-        >>> def mirror(optimizer, args, kwargs):
-        ...     for group in optimizer.param_groups:
-        ...         ws = [p for p in group["params"] if p.ndim >= 2]
-        ...         ham_step_(ws, [w.grad for w in ws], lr=group["lr"], alpha=200, beta=1e-3)
-        >>> handle = torch.optim.AdamW(model.parameters()).register_step_post_hook(mirror)
-    """
-    triples = zip(params, grads, masks or [None] * len(params), strict=True)
-    for param, grad, mask in triples:
-        cpu.mirror_(
-            [local(param).detach()],
-            [local(param if grad is None else grad).detach()],
-            masks=[None if mask is None else local(mask)],
-            a=[0.0 if grad is None else lr * alpha],
-            b=0.0 if grad is None else lr * beta,
-            clamp=clamp,
-        )
-
-
 def _all_norms(
     groups: Sequence[Mapping[str, Any]], batches: Sequence[Sequence[_Batch]]
 ) -> list[list[list[Norms]]]:
@@ -502,15 +456,13 @@ def _asked(group: Mapping[str, Any], batch: _Batch) -> Asked:
         group["scaling"] == "calibrated" and group["ham_calibration_steps"] < CALIBRATION_STEPS
     )
     power = 2 if group["scaling"] == "normalised" else int(calibrates)
-    # Triton's interpreter stands for a device
-    is_near = batch.weights[0].device.type == "cpu" and batch.backend.__name__ != GPU_BACKEND
-    count = fused.kept_norms if batch.backend is fused else cpu.kept_norms
+    on_cpu = batch.weights[0].device.type == "cpu"
     return Asked(
         batch.params,
         batch.grads,
         batch.masks,
         power if batch.is_mirrored else 0,
-        count if is_near else None,
+        getattr(batch.backend, "kept_norms", None) if on_cpu else None,
     )
 
 

@@ -8,7 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from hamcli.optim import rule
+from hamcli.optim import cpu, rule
+
+kept_norms = cpu.kept_norms
 
 
 def adam_ham_(

@@ -184,7 +184,8 @@ class Mates:
         Returns:
             What to raise instead of `error`; None to raise that.
         """
-        if foreseen(error) is None:
+        is_foreseen = foreseen(error) is not None
+        if not is_foreseen:
             self._heard.wait(NEWS_SECONDS)  # a broken collective is another's failure
         with self._lock:
             news = self._news
@@ -192,7 +193,7 @@ class Mates:
         own = _news_of(error, self.rank)
         # what meets all alike is told by each in its own words; what nobody foresaw is most often a
         # collective that another's failure broke
-        is_other = foreseen(error) is None or (news and news.exit_code != own.exit_code)
+        is_other = not is_foreseen or (news and news.exit_code != own.exit_code)
         if news is not None and is_other:
             return error_of(news, self.size)
         for link in self._links.values():

@@ -7,11 +7,6 @@ fields that `Report.volatile` names. `html` and `card` make pages for people fro
 
 import dataclasses
 import json
-import math
-import numbers
-import re
-import types
-import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -19,6 +14,7 @@ from pathlib import Path
 from typing import Any, Self, cast
 
 from hamcli.errors import InputRefused
+from hamcli.report.plain import canonical, finite, from_plain, no_report, to_plain
 
 SCHEMA_VERSION = 1
 REPORT_NAME = "report.json"
@@ -28,10 +24,6 @@ CURVE_LIMIT = 2000
 # Measured on the machine: all that may differ between two identical runs. Where zeros gain little
 # the speed may be there once and be null, with its reason, another time.
 VOLATILE = ("speed", "speed_reason", "training.seconds")
-
-# A list without nested lists, objects or strings. JSON strings hold no raw line break, so that the
-# one after the bracket proves that the match is no part of a string.
-_NUMBER_LIST = re.compile(r'\[\n[^\[\]{}"]*\]')
 
 NO_SPEED = (
     "Stock runtimes compute with zeros as with any other number: a dense checkpoint runs at the "
@@ -258,7 +250,7 @@ class Curves:
         return cls(
             step=tuple(int(row["step"]) for row in rows),
             **{
-                field.name: tuple(_finite(row.get(field.name)) for row in rows)
+                field.name: tuple(finite(row.get(field.name)) for row in rows)
                 for field in dataclasses.fields(cls)
                 if field.name != "step"
             },
@@ -393,12 +385,11 @@ class Report:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and finite numbers; every key of the schema is there."""
-        return cast(dict[str, Any], _plain(self))
+        return cast(dict[str, Any], to_plain(self))
 
     def to_json(self) -> str:
         """The canonical text of `report.json`, ASCII, keys sorted."""
-        text = json.dumps(self.to_dict(), sort_keys=True, indent=1, allow_nan=False)
-        return _NUMBER_LIST.sub(_on_one_line, text) + "\n"
+        return canonical(self.to_dict())
 
     @classmethod
     def from_dict(cls, document: Mapping[str, Any]) -> Self:
@@ -409,8 +400,8 @@ class Report:
         """
         version = document.get("schema_version") if isinstance(document, Mapping) else None
         if not isinstance(version, int) or version > SCHEMA_VERSION:
-            raise _refused("schema_version", f"is {version!r}", f"at most {SCHEMA_VERSION}")
-        return cast(Self, _read(cls, document, ""))
+            raise no_report("schema_version", f"is {version!r}", f"at most {SCHEMA_VERSION}")
+        return cast(Self, from_plain(cls, document, ""))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -422,7 +413,7 @@ class Report:
         try:
             document = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise _refused("", f"is not JSON: {error}", "one JSON object") from error
+            raise no_report("", f"is not JSON: {error}", "one JSON object") from error
         return cls.from_dict(document)
 
 
@@ -445,11 +436,11 @@ def read_report(path: Path) -> Report:
             f"a folder written by ham, with its {REPORT_NAME}",
         ) from error
     if len(content) > REPORT_LIMIT_BYTES:
-        raise _refused("", "is too large", f"at most {REPORT_LIMIT_BYTES:,} bytes", file)
+        raise no_report(file, "is too large", f"at most {REPORT_LIMIT_BYTES:,} bytes")
     try:
         return Report.from_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        raise _refused("", "is not UTF-8", "JSON text", file) from error
+        raise no_report(file, "is not UTF-8", "JSON text") from error
     except InputRefused as error:
         raise InputRefused(
             error.code,
@@ -464,82 +455,8 @@ def _fraction(part: int, whole: int) -> float:
     return part / whole if whole else 0.0
 
 
-def _finite(value: Any) -> float | None:
-    if value is None:
-        return None
-    number = float(value)
-    return number if math.isfinite(number) else None
-
-
-def _on_one_line(match: re.Match[str]) -> str:
-    return "[" + " ".join(match.group()[1:-1].split()) + "]"
-
-
 def evenly(length: int, limit: int) -> list[int]:
     """At most `limit` indices spread evenly over `length` items, first and last among them."""
     if length <= limit:
         return list(range(length))
     return [round(index * (length - 1) / (limit - 1)) for index in range(limit)]
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value):
-        return {
-            field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)
-        }
-    if isinstance(value, Mapping):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
-    if value is None or isinstance(value, str | bool):
-        return value
-    return int(value) if isinstance(value, numbers.Integral) else _finite(value)
-
-
-def _read(kind: Any, value: Any, where: str) -> Any:
-    """`value`, as JSON gives it, as the type that a record's field declares."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if origin in (typing.Union, types.UnionType):
-        (inner,) = (argument for argument in arguments if argument is not types.NoneType)
-        return None if value is None else _read(inner, value, where)
-    if origin is tuple:
-        items = _expect(list, value, where)
-        return tuple(_read(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(items))
-    if origin is dict:
-        entries = _expect(dict, value, where)
-        return {key: _read(arguments[1], item, f"{where}.{key}") for key, item in entries.items()}
-    if dataclasses.is_dataclass(kind):
-        return _read_record(cast(type[Any], kind), _expect(dict, value, where), where)
-    return _read_scalar(kind, value, where)
-
-
-def _read_record(kind: type[Any], value: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    fields = {}
-    for field in dataclasses.fields(kind):
-        key = f"{where}.{field.name}" if where else field.name
-        if field.name in value:
-            fields[field.name] = _read(hints[field.name], value[field.name], key)
-        elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
-            raise _refused(key, "is missing", "every key of the schema")
-    return kind(**fields)
-
-
-def _read_scalar(kind: Any, value: Any, where: str) -> Any:
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if kind is not bool and isinstance(value, bool):
-        raise _refused(where, "is a bool", kind.__name__)
-    return _expect(kind, value, where)
-
-
-def _expect(kind: type[Any], value: Any, where: str) -> Any:
-    if not isinstance(value, kind):
-        raise _refused(where, f"is a {type(value).__name__}", kind.__name__)
-    return value
-
-
-def _refused(key: str, why: str, right: str, file: Path | None = None) -> InputRefused:
-    return InputRefused("E447", "not a report", file or key, why, right)

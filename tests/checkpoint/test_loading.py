@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from hamcli.checkpoint.loading import has_head, load_model, quiet_transformers
+from hamcli.checkpoint.fitting import has_head
+from hamcli.checkpoint.loading import load_model, quiet_transformers
 from hamcli.checkpoint.reading import read_tensor
 from hamcli.checkpoint.source import Source, find_model
 from hamcli.completing import complete

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,13 +30,26 @@ QUICK = {
 ROOT = Path(__file__).parents[2]
 
 
+def vocabulary() -> int:
+    """Tokens of ALBERT."""
+    return int(json.loads((ALBERT / "config.json").read_text())["vocab_size"])
+
+
+def saved(model_class: Any, config: Any, folder: Path) -> Path:
+    """A random model of the class in a folder, with the tokenizer of ALBERT."""
+    torch.manual_seed(0)
+    model_class(config).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(ALBERT / name, folder / name)
+    return folder
+
+
 def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32, layers: int = 2) -> Path:
     """A folder with a causal language model over the tokenizer of ALBERT."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    vocabulary = json.loads((ALBERT / "config.json").read_text())["vocab_size"]
     config = LlamaConfig(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary(),
         hidden_size=hidden,
         intermediate_size=2 * hidden,
         num_hidden_layers=layers,
@@ -46,20 +60,15 @@ def make_llama(folder: Path, *, tied: bool = False, hidden: int = 32, layers: in
         eos_token_id=0,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ALBERT / name, folder / name)
-    return folder
+    return saved(LlamaForCausalLM, config, folder)
 
 
 def make_gpt2(folder: Path) -> Path:
     """The same of a model whose weights lie as [inputs, outputs], in rows of 20 and 80."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    vocabulary = json.loads((ALBERT / "config.json").read_text())["vocab_size"]
     config = GPT2Config(
-        vocab_size=vocabulary,
+        vocab_size=vocabulary(),
         n_embd=20,
         n_layer=2,
         n_head=2,
@@ -71,11 +80,7 @@ def make_gpt2(folder: Path) -> Path:
         eos_token_id=0,
         pad_token_id=0,
     )
-    torch.manual_seed(0)
-    GPT2LMHeadModel(config).save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(ALBERT / name, folder / name)
-    return folder
+    return saved(GPT2LMHeadModel, config, folder)
 
 
 def make_data(folder: Path) -> Path:
