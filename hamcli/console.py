@@ -7,6 +7,7 @@ colour. A reader that goes away (a closed pipe) never stops a run.
 import errno
 import json
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from typing import IO, Any
@@ -163,27 +164,44 @@ class PlainWatcher:
         self._began, self._first = 0.0, 0
         self._job, self._bytes, self._done = "", 1, 0
         self._cell = ""
+        self._waiting: threading.Timer | None = None
 
     def __enter__(self) -> "PlainWatcher":
         return self
 
     def __exit__(self, *_: object) -> None:
-        return None
+        self._forget()
 
-    def _line(self, text: str) -> None:
-        now = time.monotonic()
-        if now - self._last_line >= PLAIN_SECONDS:
-            self._last_line = now
-            self._screen.say(f"ham: {text}")
+    def _line(self, text: str, *, may_wait: bool = False) -> None:
+        """Say it if the last line is long enough ago; else never, or then if nothing came since."""
+        self._forget()
+        too_early = self._last_line + PLAIN_SECONDS - time.monotonic()
+        if too_early <= 0:
+            self._say(text)
+        elif may_wait:
+            self._waiting = threading.Timer(too_early, self._say, [text])
+            self._waiting.daemon = True
+            self._waiting.start()
+
+    def _say(self, text: str) -> None:
+        self._last_line = time.monotonic()
+        self._screen.say(f"ham: {text}")
+
+    def _forget(self) -> None:
+        """What waits to be said is out of date."""
+        if self._waiting is not None:
+            self._waiting.cancel()
+            self._waiting = None
 
     def stage(self, text: str) -> None:
         """A new part of the job begins."""
         # the line of one run of many may come too soon after another; its steps tell it then
         self._cell = text.partition(": ")[0] + ": " if text.startswith("cell ") else ""
-        self._line(text)
+        self._line(text, may_wait=True)  # a part may last a minute without any other line
 
     def begin_steps(self, *, steps: int, done: int, target: float) -> None:
         """Training begins."""
+        self._forget()
         self._steps, self._target = steps, target
         self._began, self._first = time.monotonic(), done
 
