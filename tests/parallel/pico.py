@@ -100,6 +100,7 @@ def environment(**more: str) -> dict[str, str]:
     # the workers are modules of the tests, which lie beside an installed package
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     plain = {"OMP_NUM_THREADS": "1", "COLUMNS": "200", "NO_COLOR": "1"}
+    plain["PYTHONWARNINGS"] = "error::FutureWarning"  # what torch is about to drop
     return {**os.environ, **plain, "PYTHONPATH": os.pathsep.join(paths)} | more
 
 
