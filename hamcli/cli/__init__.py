@@ -4,7 +4,7 @@ import sys
 
 from hamcli.cli.commands import app
 from hamcli.cli.exits import exit_code, open_closed_streams, settled
-from hamcli.parallel.launch import fall_silent, speaks
+from hamcli.parallel.launch import end_process, fall_silent, speaks
 
 __all__ = ["app", "main"]
 
@@ -16,4 +16,4 @@ def main(argv: list[str] | None = None) -> None:
     open_closed_streams()
     if not speaks():
         fall_silent()
-    sys.exit(settled(exit_code(lambda: app(prog_name="ham", standalone_mode=False))))
+    end_process(settled(exit_code(lambda: app(prog_name="ham", standalone_mode=False))))

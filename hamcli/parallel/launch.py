@@ -4,10 +4,12 @@ A launcher starts the same command several times and tells each process who it i
 environment. Process 0 speaks and writes; the others are silent, unless it is gone.
 """
 
+import atexit
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import NoReturn
 
 from hamcli.errors import RecipeError, UsageError
 
@@ -143,3 +145,16 @@ def take_over() -> None:
 def fall_silent() -> None:
     """Write nowhere: another process speaks for this one."""
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - closed by the process's end
+
+
+def end_process(code: int) -> NoReturn:
+    """End this process with an exit code, its streams flushed by the caller.
+
+    One of several ends without the interpreter's own end. DDP keeps the process group, and gloo's
+    threads, beyond `destroy_process_group` (torch 2.13); one of them that lets go of its last tensor
+    while the interpreter is torn down aborts the process: a run that was complete ended with -6.
+    """
+    if launched().size > 1:
+        atexit._run_exitfuncs()
+        os._exit(code)
+    sys.exit(code)

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from hamcli.parallel.launch import end_process
 from hamcli.parallel.parts import part_of
 from hamcli.parallel.world import World, joined
 from hamcli.training import Hooks, has_idle_parameters, make_accelerator, make_engine, train
@@ -62,3 +63,4 @@ if __name__ == "__main__":
     with joined("ddp", "cpu") as here:
         found = trained(here)
     Path(f"{sys.argv[1]}.{here.rank}").write_text(json.dumps(found))
+    end_process(0)

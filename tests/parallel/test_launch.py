@@ -333,3 +333,26 @@ def test_news_of_the_dead_is_an_error_of_the_machine():
     found = error_of(News(2), 4)
     assert (found.code, found.exit_code) == ("E545", 5)
     assert "process 2 of 4" in found.line()
+
+
+@pytest.mark.parametrize(("size", "torn_down"), [("1", True), ("2", False)])
+def test_of_several_processes_none_waits_for_the_interpreters_end(size, torn_down):
+    # gloo's threads may abort it; what was asked to run at exit runs all the same
+    program = """
+import atexit
+from hamcli.parallel.launch import end_process
+
+class Left:
+    def __del__(self):
+        print("torn down", flush=True)
+
+left = Left()
+atexit.register(print, "at exit", flush=True)
+end_process(75)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment(WORLD_SIZE=size), capture_output=True,
+        text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 75
+    assert done.stdout.split("\n")[:-1] == ["at exit", *["torn down"] * torn_down]
