@@ -150,9 +150,9 @@ def fall_silent() -> None:
 def end_process(code: int) -> NoReturn:
     """End this process with an exit code, its streams flushed by the caller.
 
-    One of several ends without the interpreter's own end. DDP keeps the process group, and gloo's
-    threads, beyond `destroy_process_group` (torch 2.13); one of them that lets go of its last tensor
-    while the interpreter is torn down aborts the process: a run that was complete ended with -6.
+    One of several ends without the interpreter's own end: DDP keeps the process group, and gloo's
+    threads, beyond `destroy_process_group` (torch 2.13), and one that lets go of its last tensor
+    while the interpreter is torn down aborts the process. A complete run ended with -6.
     """
     if launched().size > 1:
         atexit._run_exitfuncs()
