@@ -65,6 +65,17 @@ class Objective:
         """Whether any term asks the teacher."""
         return any(name != "task" for name in self.weights)
 
+    def keeps_dropout(self, word: str) -> bool:
+        """Whether the model's own dropout acts in training.
+
+        Noise in the student is noise in what it learns of the teacher, whose soft targets keep it
+        from learning its examples by heart; measured in benchmarks/LOG.md.
+
+        Args:
+            word: `training.dropout`: auto, on or off.
+        """
+        return word == "on" or (word == "auto" and not self.needs_teacher)
+
     @property
     def description(self) -> str:
         """The sum in words."""

@@ -368,6 +368,7 @@ class Sparsification:
             optimizer,
             is_sharded=self.world.is_sharded,
             has_idle=self.world.kind == "ddp" and has_idle_parameters(self.model, hooks),
+            has_dropout=objective.keeps_dropout(training.dropout),
         )
         if done == 0:
             self._begin(engine, hooks, optimizer, course)

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 from hamcli.divergence import refuse_non_finite
 from hamcli.errors import ResourceError
@@ -93,6 +94,7 @@ class Engine:
         optimizer: The optimizer itself.
         stepper: What steps: with fp16 it may skip.
         is_sharded: Whether each process holds a part of every tensor.
+        has_dropout: Whether the model's own dropout acts.
     """
 
     accelerator: Any
@@ -101,6 +103,18 @@ class Engine:
     optimizer: torch.optim.Optimizer
     stepper: Any
     is_sharded: bool = False
+    has_dropout: bool = True
+
+    def enter_training_mode(self) -> None:
+        """Put the modules into training mode; without dropout, those that learn statistics only.
+
+        Functions such as attention ask their module's mode before they drop anything, so that
+        setting the probability of `nn.Dropout` modules to 0 would not reach them.
+        """
+        self.wrapped.train(self.has_dropout)
+        for module in self.model.modules():
+            if isinstance(module, _NormBase):  # batch and instance norm
+                module.train()
 
     @contextmanager
     def synchronised(self, is_last: bool) -> Iterator[None]:
@@ -123,6 +137,7 @@ def make_engine(
     *,
     is_sharded: bool = False,
     has_idle: bool = False,
+    has_dropout: bool = True,
 ) -> Engine:
     """Prepare model and optimizer, once a run.
 
@@ -132,16 +147,18 @@ def make_engine(
         optimizer: Holds the parameters of `model`, or what they are made of.
         is_sharded: Whether the model is sharded already, and needs no wrapper.
         has_idle: Whether some parameters get no gradient: DDP must look for them.
+        has_dropout: Whether the model's own dropout acts in training.
     """
     from accelerate.utils import DistributedDataParallelKwargs
 
     accelerator.ddp_handler = DistributedDataParallelKwargs(find_unused_parameters=has_idle)
     if is_sharded:
-        return Engine(accelerator, model, model, optimizer, accelerator.prepare(optimizer), True)
+        stepper = accelerator.prepare(optimizer)
+        return Engine(accelerator, model, model, optimizer, stepper, True, has_dropout)
     wrapped, stepper = accelerator.prepare(model, optimizer)
     # of 1x1 convolutions, whose gradient lies in memory as well one way as the other
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    return Engine(accelerator, model, wrapped, optimizer, stepper)
+    return Engine(accelerator, model, wrapped, optimizer, stepper, has_dropout=has_dropout)
 
 
 def make_accelerator(device: str, precision: str, num_processes: int = 1) -> Any:
@@ -252,7 +269,7 @@ def train(
     """
     optimizer = engine.optimizer
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    engine.wrapped.train()
+    engine.enter_training_mode()
     for step in range(first_step, last_step + 1):
         lr = hooks.lr_at(step)
         for group in optimizer.param_groups:
@@ -284,7 +301,7 @@ def train(
 
 def find_gradients(engine: Engine, hooks: Hooks, *, accumulation: int, seed: int) -> None:
     """Gradients of the first step's batches, for masks that are chosen before the first step."""
-    engine.wrapped.train()
+    engine.enter_training_mode()
     hooks.before_step(1)
     _accumulate(engine, hooks, 1, accumulation, seed)
     hooks.after_backward(1)

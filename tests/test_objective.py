@@ -138,3 +138,12 @@ def test_drop_is_absolute_for_accuracy_and_relative_for_perplexity():
 
     assert drop(one(0.9, True), one(0.8, True)) == pytest.approx(0.1)
     assert drop(one(2.0, False), one(3.0, False)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    ("word", "has_teacher", "kept"),
+    [("auto", True, False), ("auto", False, True), ("on", True, True), ("off", False, False)],
+)
+def test_dropout_acts_by_itself_only_where_nobody_teaches(word, has_teacher, kept):
+    objective = made("text-classification", has_teacher=has_teacher)
+    assert objective.keeps_dropout(word) == kept

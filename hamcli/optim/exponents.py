@@ -28,9 +28,11 @@ from torch import Tensor
 
 ALPHA_PUBLISHED = 200.0  # arXiv 2506.02630, ImageNet
 BETA_PUBLISHED = 1e-3  # arXiv 2506.02630, ImageNet
-CLAMPS = {"raw": 5.0, "calibrated": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
-ETAS = {"calibrated": 0.004, "normalised": 0.008}
+CLAMPS = {"raw": 5.0, "calibrated": 0.1, "tracked": 0.1, "normalised": 0.1}  # 5: arXiv 2506.02630
+ETAS = {"calibrated": 0.004, "tracked": 0.01, "normalised": 0.008}
+CALIBRATED = ("calibrated", "tracked")  # alpha is found, one number for all
 CALIBRATION_STEPS = 10
+TRACKED_EVERY = 10  # steps
 
 
 def choose_automatic_scaling() -> tuple[Literal["calibrated", "normalised"], float]:
@@ -104,7 +106,15 @@ def has_mirrored(group: Mapping[str, Any]) -> bool:
 
 def is_guarded(group: Mapping[str, Any]) -> bool:
     """Whether the guard looks after the group: alpha is found, not given."""
-    return group["scaling"] == "calibrated" and has_mirrored(group)
+    return group["scaling"] in CALIBRATED and has_mirrored(group)
+
+
+def calibrates_now(group: Mapping[str, Any]) -> bool:
+    """Whether the coming step looks at mean|g|."""
+    if group["scaling"] not in CALIBRATED:
+        return False
+    is_tracked = group["scaling"] == "tracked" and (group["ham_step"] + 1) % TRACKED_EVERY == 0
+    return bool(is_tracked or group["ham_calibration_steps"] < CALIBRATION_STEPS)
 
 
 def calibrate(
@@ -114,17 +124,20 @@ def calibrate(
     found = [
         (group, [norm for of_batch in of_group for norm in of_batch])
         for group, of_group in zip(groups, norms, strict=True)
-        if group["scaling"] == "calibrated"
+        if calibrates_now(group)
     ]
     total = math.fsum(norm[0] for _, of_group in found for norm in of_group)
     count = sum(norm[2] for _, of_group in found for norm in of_group)
     if count == 0 or not 0 < total < math.inf:
         return
     for group, _ in found:
-        done = group["ham_calibration_steps"]
+        done, mean = group["ham_calibration_steps"], group["ham_grad_mean"]
         if done < CALIBRATION_STEPS:
-            group["ham_grad_mean"] += (total / count - group["ham_grad_mean"]) / (done + 1)
+            group["ham_grad_mean"] += (total / count - mean) / (done + 1)
             group["ham_calibration_steps"] = done + 1
+        else:  # exponents too large do harm at once; too small ones may take a while to grow
+            now = total / count
+            group["ham_grad_mean"] = max(now, math.sqrt(mean * now))
 
 
 def alpha_now(group: Mapping[str, Any]) -> float | None:

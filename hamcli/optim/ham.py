@@ -14,9 +14,9 @@ from torch import Tensor
 
 from hamcli.optim import cpu, forms, plain
 from hamcli.optim.exponents import (
-    CALIBRATION_STEPS,
     alpha_now,
     calibrate,
+    calibrates_now,
     decay_now,
     has_mirrored,
     is_guarded,
@@ -35,7 +35,7 @@ GUARD_LIMIT = 0.05  # a mean |exponent| above it lets tensors collapse
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 
 Base = Literal["adamw", "adam", "sgd"]
-Scaling = Literal["auto", "raw", "calibrated", "normalised"]
+Scaling = Literal["auto", "raw", "calibrated", "tracked", "normalised"]
 Backend = Literal["auto", "rule", "cpu", "gpu"]
 
 
@@ -452,10 +452,7 @@ def _all_norms(
 
 
 def _asked(group: Mapping[str, Any], batch: _Batch) -> Asked:
-    calibrates = (
-        group["scaling"] == "calibrated" and group["ham_calibration_steps"] < CALIBRATION_STEPS
-    )
-    power = 2 if group["scaling"] == "normalised" else int(calibrates)
+    power = 2 if group["scaling"] == "normalised" else int(calibrates_now(group))
     on_cpu = batch.weights[0].device.type == "cpu"
     return Asked(
         batch.params,

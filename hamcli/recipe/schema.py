@@ -111,7 +111,7 @@ class Ham(Section):
 
     alpha: Literal["auto"] | NonNegative = Field("auto", description="0 and beta 0 = HAM off")
     beta: Literal["auto"] | NonNegative = Field("auto", description="pull towards zero")
-    scaling: Literal["auto", "raw", "calibrated", "normalised"] = Field(
+    scaling: Literal["auto", "raw", "calibrated", "tracked", "normalised"] = Field(
         "auto", description="how alpha is found: as given, by calibration, per tensor and step"
     )
     eta: Positive | None = Field(
@@ -237,6 +237,11 @@ class TrainingSection(Section):
     accumulation: Count = Field(1, description="micro-steps an optimizer step")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="autocast; auto = bf16 where a GPU has it, fp32 elsewhere"
+    )
+    dropout: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="whether the model's own dropout acts in training; auto = off where the dense "
+        "model teaches",
     )
     seed: int = Field(0, ge=0, lt=2**31)
     checkpoint_every: Count = Field(100, description="optimizer steps between run checkpoints")

@@ -13,7 +13,7 @@ BASES = {
     "momentum": (torch.optim.SGD, {"weight_decay": 0.05, "momentum": 0.9}),
     "nesterov": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
 }
-SCALINGS = ["raw", "calibrated", "normalised"]
+SCALINGS = ["raw", "calibrated", "tracked", "normalised"]
 
 
 def make(params, name="adamw", **options):

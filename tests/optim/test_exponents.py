@@ -32,6 +32,7 @@ def group_of(**options):
         ({}, ("calibrated", "auto", 0.004, 1e-3, 0.1)),
         ({"scaling": "raw"}, ("raw", 200.0, None, 1e-3, 5.0)),
         ({"alpha": 7.0}, ("raw", 7.0, None, 1e-3, 5.0)),
+        ({"scaling": "tracked"}, ("tracked", "auto", 0.01, 1e-3, 0.1)),
         ({"scaling": "normalised"}, ("normalised", "auto", 0.008, 1e-3, 0.1)),
         ({"eta": 0.1, "clamp": 0.2, "beta": 0.0}, ("calibrated", "auto", 0.1, 0.0, 0.2)),
     ],
@@ -47,6 +48,7 @@ def test_vectors_take_no_mirror_step_and_alpha_that_is_given_no_guard():
     assert not mirrors(group, torch.ones(2))
     assert not mirrors({**group, "mirror": False}, torch.ones(1, 2))
     assert is_guarded(group)
+    assert is_guarded(group_of(scaling="tracked"))
     assert not is_guarded(group_of(scaling="raw"))
     assert not is_guarded(group_of(scaling="normalised"))
 
@@ -61,6 +63,34 @@ def test_alpha_is_the_mean_of_the_first_steps_at_the_peak():
         mean = sum(seen) / len(seen)
         assert group["ham_grad_mean"] == pytest.approx(mean, rel=1e-12)
         assert alpha_now(group) == pytest.approx(0.02 / (1e-2 * mean), rel=1e-12)
+
+
+def test_tracked_alpha_looks_every_tenth_step_and_falls_at_once_but_rises_half_of_the_way():
+    group = group_of(scaling="tracked", eta=0.02)
+    sizes = [4.0] * 10 + [9.0] * 10 + [1.0] * 20
+    means = []
+    for size in sizes:
+        calibrate([group], [[[(4 * size, 0.0, 4)]]])
+        group["ham_step"] += 1
+        means.append(group["ham_grad_mean"])
+    assert means == pytest.approx([4.0] * 19 + [9.0] * 10 + [3.0] * 10 + [math.sqrt(3)], rel=1e-12)
+    assert alpha_now(group) == pytest.approx(0.02 / (1e-2 * math.sqrt(3)), rel=1e-12)
+
+
+@pytest.mark.parametrize("growth", [100.0, 0.01])
+def test_tracked_exponents_stay_what_was_asked_for_when_gradients_change(growth):
+    def mean_exponent(scaling):
+        model = network()
+        optimizer = make(model.parameters(), "sgd", scaling=scaling, eta=0.01, beta=0.0, clamp=9.0)
+        run(model, optimizer, 10)
+        run(model, optimizer, 100, first=10, scale=1e-2 * growth)
+        optimizer.measure_next_step()
+        run(model, optimizer, 1, first=110, scale=1e-2 * growth)
+        return optimizer.exponent_statistics().mean
+
+    # 272 normal gradients of this step, against those of ten other steps
+    assert mean_exponent("tracked") == pytest.approx(0.01, rel=0.1)
+    assert not 0.005 < mean_exponent("calibrated") < 0.02
 
 
 @pytest.mark.parametrize("total", [0.0, math.inf, math.nan])

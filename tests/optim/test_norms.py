@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from hamcli.optim import HAM, cpu, gpu
-from hamcli.optim.exponents import CALIBRATION_STEPS
+from hamcli.optim.exponents import CALIBRATION_STEPS, TRACKED_EVERY
 from hamcli.optim.norms import Asked, norms_of
 from tests.optim.numbers import normal
 
@@ -44,7 +44,10 @@ def test_nobody_asks_for_nothing():
 @pytest.mark.parametrize(
     ("scaling", "steps_before", "waits"),
     [("normalised", 0, 1), ("normalised", 3, 1), ("calibrated", 0, 1),
-     ("calibrated", CALIBRATION_STEPS, 0), ("raw", 0, 0)],
+     ("calibrated", CALIBRATION_STEPS, 0), ("tracked", CALIBRATION_STEPS, 0),
+     ("tracked", 2 * TRACKED_EVERY, 0), ("raw", 0, 0),
+     # the guard looks at the same step, once for each group
+     ("tracked", 2 * TRACKED_EVERY - 1, 3)],
 )  # fmt: skip
 def test_a_step_on_a_gpu_waits_once_at_most_however_many_tensors(
     scaling, steps_before, waits, monkeypatch
