@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NoReturn
 
-from hamcli.errors import RecipeError, UsageError
+from hamcli.errors import RecipeError, UsageError, printable, shorten
 
 TORCHRUN = "torchrun --nproc-per-node N -m hamcli sparsify ..."
 
@@ -34,7 +34,7 @@ class Launch:
 
 
 def launched(environment: Mapping[str, str] | None = None) -> Launch:
-    """What the launcher said; one process where there was none."""
+    """What the launcher said; one process where there was none, or what it said is no number."""
     found = os.environ if environment is None else environment
 
     def number(key: str, default: int) -> int:
@@ -43,6 +43,8 @@ def launched(environment: Mapping[str, str] | None = None) -> Launch:
 
     size = number("WORLD_SIZE", 1)
     rank = number("RANK", 0)
+    if rank >= size:  # left over from elsewhere: who is none of several is not one of the silent
+        return Launch(size=max(size, 1))
     return Launch(rank, size, number("LOCAL_RANK", rank), number("LOCAL_WORLD_SIZE", size))
 
 
@@ -54,8 +56,10 @@ def settled_parallel(word: str, environment: Mapping[str, str] | None = None) ->
     Raises:
         RecipeError: E241, several processes are wanted and there is one; E242, the other way round;
             E248, the launcher asks for an engine that is not supported.
+        UsageError: E240, the launcher's numbers are none.
     """
     found = os.environ if environment is None else environment
+    _refuse_nonsense(found)
     size = launched(found).size
     if size == 1:
         _refuse_lonely(word, found)
@@ -79,6 +83,22 @@ def settled_parallel(word: str, environment: Mapping[str, str] | None = None) ->
     if word == "auto":
         return "fsdp" if found.get("ACCELERATE_USE_FSDP", "").lower() == "true" else "ddp"
     return word
+
+
+def _refuse_nonsense(found: Mapping[str, str]) -> None:
+    size, rank = found.get("WORLD_SIZE", ""), found.get("RANK", "")
+    if not size:
+        return  # RANK alone is nobody's word
+    is_number = size.isdecimal() and int(size) > 0
+    if is_number and (not rank or (rank.isdecimal() and int(rank) < int(size))):
+        return
+    raise UsageError(
+        "E240",
+        "the environment does not say which of how many processes this is",
+        "",
+        f"WORLD_SIZE={shorten(printable(size), 20)} RANK={shorten(printable(rank), 20)}",
+        "a launcher such as torchrun sets both; without one, neither",
+    )
 
 
 def _refuse_lonely(word: str, found: Mapping[str, str]) -> None:

@@ -1,6 +1,7 @@
 """One process of a launch of `ham`; one of them is killed once a run checkpoint lies there.
 
-OUT VICTIM and words of the command line.
+OUT VICTIM and words of the command line; VICTIM is a rank, or machine:RANK, whose launcher dies
+too.
 """
 
 import os
@@ -13,14 +14,17 @@ from pathlib import Path
 from hamcli.cli import main
 
 
-def die(out: str) -> None:
+def die(out: str, with_launcher: bool) -> None:
     checkpoints = Path(f"{out}.run") / "checkpoints"
     while not (checkpoints.is_dir() and any(checkpoints.iterdir())):
         time.sleep(0.05)
     Path(f"{out}.died").write_text(str(time.time()))
+    if with_launcher:
+        os.kill(os.getppid(), signal.SIGKILL)
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-if os.environ["RANK"] == sys.argv[2]:
-    threading.Thread(target=die, args=(sys.argv[1],), daemon=True).start()
+what, _, victim = sys.argv[2].rpartition(":")
+if os.environ["RANK"] == victim:
+    threading.Thread(target=die, args=(sys.argv[1], what == "machine"), daemon=True).start()
 main(["sparsify", *sys.argv[3:]])

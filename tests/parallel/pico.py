@@ -112,6 +112,13 @@ def torchrun(size: int, *words: object) -> list[str]:
     ]  # fmt: skip
 
 
+def torchruns(num_machines: int, *words: object) -> list[list[str]]:
+    """The words of a launch on each of several machines, which are this one: a process on each."""
+    place = ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{free_port()}"]
+    one = [sys.executable, "-m", "torch.distributed.run", "--nnodes", str(num_machines), *place]
+    return [[*one, "--nproc-per-node", "1", *map(str, words)] for _ in range(num_machines)]
+
+
 def settings(values: dict[str, object]) -> list[str]:
     return [word for key, value in values.items() for word in ("--set", f"{key}={value}")]
 

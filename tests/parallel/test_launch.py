@@ -33,6 +33,21 @@ def test_a_launcher_tells_who_this_is():
     assert launched({"WORLD_SIZE": "two", "RANK": "-1"}) == Launch(0, 1, 0, 1)
 
 
+@pytest.mark.parametrize("said", [{"RANK": "1"}, {"RANK": "1", "WORLD_SIZE": "1"}])
+def test_a_rank_that_is_left_over_silences_nobody(tmp_path, said):
+    assert launched(said) == Launch()
+    done = ham(tmp_path, "recipe", "list", **said)
+    assert "quick" in done.stdout
+
+
+@pytest.mark.parametrize(("size", "rank"), [("two", "0"), ("0", "0"), ("2", "2"), ("2", "x")])
+def test_numbers_of_processes_that_are_none_are_refused_aloud(size, rank):
+    said = {"WORLD_SIZE": size, "RANK": rank}
+    assert launched(said).rank == 0  # who refuses is not silent
+    with pytest.raises(UsageError, match=f"E240.*WORLD_SIZE={size} RANK={rank}"):
+        settled_parallel("auto", said)
+
+
 def test_a_launcher_of_one_process_that_says_so_is_none():
     said = {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500", "WORLD_SIZE": "1"}
     assert settled_parallel("auto", said) == "none"
@@ -43,6 +58,7 @@ def test_who_takes_over_speaks(monkeypatch):
     monkeypatch.setattr(launch, "_VOICE", voice)
     assert launch.speaks()
     monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(launch, "_VOICE", launch._Voice())
     monkeypatch.setattr(sys, "stderr", None)
     assert not launch.speaks()

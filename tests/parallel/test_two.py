@@ -21,6 +21,7 @@ from tests.parallel.pico import (
     settings,
     sparsify,
     torchrun,
+    torchruns,
     weights_of,
 )
 
@@ -157,6 +158,24 @@ def test_when_one_process_is_killed_all_are_gone_and_the_run_goes_on(folder, kin
     done = sparsify(2, folder, *words, **same)
     assert not (folder / f"{out}.run").exists(), done.stderr
     assert report_of(folder / out)["training"]["steps"] == 200
+
+
+def test_when_a_machine_of_two_is_lost_the_other_ends_and_the_run_goes_on(folder):
+    same = {"training.checkpoint_every": 5}
+    words = [*WORDS[:-1], "200", "--out", "lost", "--parallel", "fsdp"]
+    dying = ["-m", "tests.parallel.dying", "lost", "machine:1", *words, *settings(QUICK | same)]
+    launches = [
+        subprocess.Popen(one, cwd=folder, env=environment(), stderr=subprocess.PIPE, text=True)
+        for one in torchruns(2, *dying)
+    ]
+    told = "".join(one.communicate(timeout=120)[1] for one in launches)
+    assert time.time() - float((folder / "lost.died").read_text()) < 30
+    assert sorted(one.returncode for one in launches) == [-9, 1]
+    lines = [line for line in told.splitlines() if line.startswith("ham: error[")]
+    assert len(lines) == 1
+    assert "E545]: a process of the run died: process 1 of 2" in lines[0]
+    sparsify(2, folder, *words, "--resume", **same)
+    assert report_of(folder / "lost")["training"]["steps"] == 200
 
 
 def test_a_layer_that_the_rows_of_one_process_never_reach_is_trained_like_in_one(tmp_path):
