@@ -245,7 +245,9 @@ class HAM(torch.optim.Optimizer):
         return list(batches.values())
 
     def _make_state(self, group: Mapping[str, Any], param: Tensor, state: dict[str, Any]) -> None:
-        if param.dtype in LOW_PRECISION and "ham_master" not in state:
+        if param.dtype not in LOW_PRECISION:
+            state.pop("ham_master", None)  # of a run in low precision: the weights are their own
+        elif "ham_master" not in state:
             state["ham_master"] = param.detach().to(torch.float32, copy=True)
         weight = state.get("ham_master", param)
         if self._base == "sgd":

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from hamcli.optim import cpu
+from hamcli.optim.exponents import require
 from hamcli.optim.sharded import local
 
 
@@ -35,6 +36,11 @@ def ham_step_(
         clamp: Greatest |exponent|.
         masks: Bool, True where kept, or None where all are; one for each parameter.
 
+    Raises:
+        ValueError: A parameter is not of floating point, a gradient is sparse or of another shape
+            than its parameter, a mask is not bool or of another shape, or the lists differ in
+            length; nothing is written.
+
     Example:
         >>> def mirror(optimizer, args, kwargs):
         ...     for group in optimizer.param_groups:
@@ -42,13 +48,37 @@ def ham_step_(
         ...         ham_step_(ws, [w.grad for w in ws], lr=group["lr"], alpha=200, beta=1e-3)
         >>> handle = torch.optim.AdamW(model.parameters()).register_step_post_hook(mirror)
     """
-    triples = zip(params, grads, masks or [None] * len(params), strict=True)
+    none: list[Tensor | None] = [None] * len(params)
+    triples = [
+        (local(param).detach(), grad, None if mask is None else local(mask))
+        for param, grad, mask in zip(params, grads, masks or none, strict=True)
+    ]
+    for param, grad, mask in triples:
+        _refuse_unfit(param, None if grad is None else local(grad), mask)
     for param, grad, mask in triples:
         cpu.mirror_(
-            [local(param).detach()],
-            [local(param if grad is None else grad).detach()],
-            masks=[None if mask is None else local(mask)],
+            [param],
+            [param if grad is None else local(grad).detach()],
+            masks=[mask],
             a=[0.0 if grad is None else lr * alpha],
             b=0.0 if grad is None else lr * beta,
             clamp=clamp,
+        )
+
+
+def _refuse_unfit(param: Tensor, grad: Tensor | None, mask: Tensor | None) -> None:
+    """What would be read beyond its end, in another order, or rounded to zero."""
+    shape = tuple(param.shape)
+    require(param.is_floating_point(), f"a parameter is {param.dtype}: floating point is needed")
+    if grad is not None:
+        require(not grad.is_sparse, "ham_step_ takes no sparse gradients")
+        require(
+            grad.shape == param.shape,
+            f"a gradient has shape {tuple(grad.shape)}, its parameter {shape}",
+        )
+    if mask is not None:
+        require(mask.dtype == torch.bool, f"a mask is {mask.dtype}: torch.bool is needed")
+        require(
+            mask.shape == param.shape,
+            f"a mask has shape {tuple(mask.shape)}, its parameter {shape}",
         )

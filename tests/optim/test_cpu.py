@@ -397,3 +397,25 @@ def test_threads_change_no_bit(form):
         made.append(ws)
     assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
     assert torch.equal(*sums)
+
+
+@pytest.mark.parametrize(
+    ("param", "grad", "mask", "named"),
+    [
+        (torch.ones(2, 3), torch.ones(3, 2), None, r"gradient has shape \(3, 2\)"),
+        (torch.ones(2, 3), torch.ones(2, 3).to_sparse(), None, "sparse"),
+        (torch.ones(2, 3), None, torch.ones(1, dtype=torch.bool), r"mask has shape \(1,\)"),
+        (torch.ones(2, 3), None, torch.ones(2, 3), "mask is torch.float32"),
+        (torch.ones(2, 3, dtype=torch.int32), None, None, "torch.int32"),
+        (torch.ones(2, 3, dtype=torch.complex64), None, None, "torch.complex64"),
+    ],
+)
+def test_the_mirror_step_alone_refuses_what_does_not_fit_before_it_writes(param, grad, mask, named):
+    first, before = torch.ones(2, 2), param.clone()
+    with pytest.raises(ValueError, match=named):
+        ham_step_(
+            [first, param], [torch.ones(2, 2), grad], lr=1.0, alpha=1.0, beta=1.0,
+            masks=[None, mask],
+        )  # fmt: skip
+    assert torch.equal(first, torch.ones(2, 2))
+    assert torch.equal(param, before)

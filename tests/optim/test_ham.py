@@ -187,6 +187,21 @@ def test_low_precision_weights_move_through_their_masters(dtype):
     assert optimizer.state[w]["ham_master"].dtype == torch.float32
 
 
+@pytest.mark.parametrize("backend", ["auto", "rule"])
+def test_weights_that_have_become_wide_move_without_a_master(backend):
+    narrow = nn.Parameter(torch.ones(4, 4, dtype=torch.bfloat16))
+    first = HAM([narrow], base="sgd", lr=1e-3, alpha=0.0, beta=0.0)
+    narrow.grad = torch.ones_like(narrow)
+    first.step()
+    wide = nn.Parameter(narrow.detach().float())
+    second = HAM([wide], base="sgd", lr=1e-3, alpha=0.0, beta=0.0, backend=backend)
+    second.load_state_dict(first.state_dict())
+    wide.grad = torch.ones_like(wide)
+    second.step()
+    assert torch.equal(wide, narrow.float() - 1e-3)
+    assert "ham_master" not in second.state[wide]
+
+
 # --- what is asked of an optimizer
 
 
