@@ -4,7 +4,7 @@ Every batch is a pure function of its number, so a resumed run sees what it woul
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -70,7 +70,7 @@ def label_names(section: DataSection, task: str) -> list[str] | None:
         return None
     table = read_table(section.source, section.split)
     if task == "token-classification":
-        tags = _column(table, section.label, "tags")
+        tags = _lists(table, _column(table, section.label, "tags"))
         return _sorted_names({str(tag) for row in tags for tag in row})
     labels = _find(table, section.label, "label")
     return None if labels is None else _sorted_names({str(label) for label in labels})
@@ -112,7 +112,7 @@ def open_data(
     if held is None:
         train, held = _split(train, section.evaluation_fraction)
     if section.max_examples is not None:
-        train = _rows(train, range(min(len(train), section.max_examples)))
+        train = train.rows(range(min(len(train), section.max_examples)))
     if section.validation_fraction is not None:  # the held-out examples stay out of sight
         train, held = _split(train, section.validation_fraction)
     if is_image:
@@ -206,13 +206,7 @@ def _split(table: Table, fraction: float) -> tuple[Table, Table]:
         )
     order = list(range(size))
     random.Random(SPLIT_SEED).shuffle(order)
-    return _rows(table, sorted(order[held:])), _rows(table, sorted(order[:held]))
-
-
-def _rows(table: Table, indices: Sequence[int]) -> Table:
-    return Table(
-        table.name, {name: [values[i] for i in indices] for name, values in table.columns.items()}
-    )
+    return table.rows(sorted(order[held:])), table.rows(sorted(order[:held]))
 
 
 def _find(table: Table, name: str | None, kind: str) -> Sequence[Any] | None:
@@ -249,26 +243,46 @@ def _strings(table: Table, values: Sequence[Any]) -> list[str]:
     return list(values)
 
 
-def _label_ids(table: Table, labels: Sequence[Any], config: Any) -> list[int]:
-    """Labels as class ids of the model."""
+def _lists(table: Table, values: Sequence[Any]) -> list[list[Any]]:
+    for index, value in enumerate(values):
+        if not isinstance(value, list | tuple):
+            raise InputRefused("E454", "not a list", table.row(index), f"{value!r}"[:80], "a list")
+    return [list(value) for value in values]
+
+
+def _label_ids(table: Table, labels: Sequence[Sequence[Any]], config: Any) -> list[list[int]]:
+    """The labels of each row as class ids of the model."""
     known = {str(name): int(index) for index, name in config.id2label.items()}
-    number = len(known)
     made = []
-    for index, label in enumerate(labels):
-        value = known.get(str(label))
-        if value is None and (isinstance(label, int) or str(label).isdecimal()):
-            value = int(label) if 0 <= int(label) < number else None
-        if value is None:
+    for index, row in enumerate(labels):
+        ids = [_label_id(label, known) for label in row]
+        if None in ids:
             shown = ", ".join(list(known)[:6])
             raise InputRefused(
                 "E460",
                 "label unknown to the model",
                 table.row(index),
-                f"{label!r}"[:80],
-                f"0 to {number - 1}, or one of {shown}",
+                f"{row[ids.index(None)]!r}"[:80],
+                f"0 to {len(known) - 1}, or one of {shown}",
             )
-        made.append(value)
+        made.append([one for one in ids if one is not None])
     return made
+
+
+def _label_id(label: Any, known: Mapping[str, int]) -> int | None:
+    """Class id of a label, which is a name or the id itself; None where it is neither."""
+    found = known.get(str(label))
+    if found is None and (isinstance(label, int) or str(label).isdecimal()):
+        return int(label) if 0 <= int(label) < len(known) else None
+    return found
+
+
+def _class_ids(section: DataSection, table: Table, config: Any) -> list[int] | None:
+    """Class id of each row; None without a column of labels."""
+    labels = _find(table, section.label, "label")
+    if labels is None:
+        return None
+    return [one for [one] in _label_ids(table, [[label] for label in labels], config)]
 
 
 # ---- kinds ----
@@ -282,8 +296,7 @@ def _image_data(
 
     def made(table: Table) -> images.ImageSet:
         chosen = _column(table, section.image, "image")
-        labels = _find(table, section.label, "label")
-        ids = None if labels is None else _label_ids(table, labels, config)
+        ids = _class_ids(section, table, config)
         return images.ImageSet(chosen, ids, form, images.decode_all(chosen, form))
 
     first, second = made(train), made(held)
@@ -392,16 +405,13 @@ def _plain_set(
     if section.text_pair is not None:
         pairs = _strings(table, _column(table, section.text_pair, "text"))
     ids, types = texts.encode(tokenizer, lines, pairs, max_length=section.max_length, special=True)
-    labels = None
-    if task == "text-classification":
-        found = _find(table, section.label, "label")
-        labels = None if found is None else _label_ids(table, found, config)
+    labels = _class_ids(section, table, config) if task == "text-classification" else None
     return texts.TokenSet(ids, types, labels, _pad_id(tokenizer))
 
 
 def _tag_set(section: DataSection, table: Table, tokenizer: Any, config: Any) -> texts.TokenSet:
-    words = _column(table, section.tokens, "tokens")
-    tags = _column(table, section.label, "tags")
+    words = _lists(table, _column(table, section.tokens, "tokens"))
+    tags = _lists(table, _column(table, section.label, "tags"))
     for index, (row, row_tags) in enumerate(zip(words, tags, strict=True)):
         if len(row) != len(row_tags):
             raise InputRefused(
@@ -410,11 +420,9 @@ def _tag_set(section: DataSection, table: Table, tokenizer: Any, config: Any) ->
                 table.row(index),
                 f"{len(row)} and {len(row_tags)}",
             )
-    flat = _label_ids(table, [tag for row in tags for tag in row], config)
-    numbered, begin = [], 0
-    for row in tags:
-        numbered.append(flat[begin : begin + len(row)])
-        begin += len(row)
+        if not all(isinstance(word, str) for word in row):
+            raise InputRefused("E454", "not text", table.row(index), f"{row!r}"[:80], "strings")
+    numbered = _label_ids(table, tags, config)
     ids, labels = texts.align_tags(tokenizer, words, numbered, section.max_length)
     return texts.TokenSet(ids, None, labels, _pad_id(tokenizer))
 

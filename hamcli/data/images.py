@@ -51,7 +51,7 @@ class ImageSet:
         if self.decoded is not None:
             pixels = self.decoded[list(indices)]
         else:
-            pixels = np.stack([decode(self.images[i], self.form, f"image {i}") for i in indices])
+            pixels = np.stack([decode(self.images[i], self.form) for i in indices])
         values = torch.from_numpy(np.ascontiguousarray(pixels)).permute(0, 3, 1, 2).float() / 255
         mean = torch.tensor(self.form.mean).view(1, -1, 1, 1)
         std = torch.tensor(self.form.std).view(1, -1, 1, 1)
@@ -110,13 +110,18 @@ def _size(config: Any, processor: Any, images: Sequence[Any]) -> tuple[int, int]
         size = (wanted.get("height") or edge, wanted.get("width") or edge)
         size = None if None in size else size
     if size is None:
-        sizes = Counter(_open(image, "image").size for image in images[:256])
+        sizes = Counter(_open(image).size for image in images[:256])
         width, height = sizes.most_common(1)[0][0]
         return height, width
+    return _edges(size)
+
+
+def _edges(size: Any) -> tuple[int, int]:
+    """Height and width of a config's `image_size`, one number or two."""
     return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
-def _open(image: Any, where: str) -> Any:
+def _open(image: Any) -> Any:
     from PIL import Image, UnidentifiedImageError
 
     if isinstance(image, np.ndarray):
@@ -127,19 +132,32 @@ def _open(image: Any, where: str) -> Any:
     try:
         content = raw if isinstance(raw, bytes) else Path(str(raw)).read_bytes()
         return Image.open(io.BytesIO(content))
-    except (UnidentifiedImageError, OSError, AttributeError, ValueError, TypeError) as error:
-        raise InputRefused("E457", "not an image", where, str(error)) from None
+    except (
+        UnidentifiedImageError,
+        Image.DecompressionBombError,
+        OSError,
+        AttributeError,
+        ValueError,
+        TypeError,
+    ) as error:
+        raise InputRefused("E457", "not an image", _name(image), str(error)) from None
 
 
-def decode(image: Any, form: ImageForm, where: str) -> Pixels:
+def _name(image: Any) -> str:
+    """An image as messages name it; empty for one that has no path."""
+    path = image.get("path") if isinstance(image, dict) else image
+    return path if isinstance(path, str) else ""
+
+
+def decode(image: Any, form: ImageForm) -> Pixels:
     """One image as [height, width, channels] uint8 in the form's size."""
     from PIL import Image
 
-    opened = _open(image, where)
+    opened = _open(image)
     try:
         opened = opened.convert({1: "L", 3: "RGB", 4: "RGBA"}.get(form.channels, "RGB"))
     except (OSError, ValueError, SyntaxError) as error:
-        raise InputRefused("E457", "not an image", where, str(error)) from None
+        raise InputRefused("E457", "not an image", _name(image), str(error)) from None
     if opened.size != (form.width, form.height):
         opened = opened.resize((form.width, form.height), Image.Resampling.BILINEAR)
     return np.asarray(opened, dtype=np.uint8).reshape(form.height, form.width, form.channels)
@@ -151,7 +169,7 @@ def decode_all(images: Sequence[Any], form: ImageForm) -> Pixels | None:
         return None
     made = np.empty((len(images), form.height, form.width, form.channels), dtype=np.uint8)
     for index, image in enumerate(images):
-        made[index] = decode(image, form, f"image {index}")
+        made[index] = decode(image, form)
     return made
 
 
@@ -162,7 +180,7 @@ def _measure(images: Sequence[Any], form: ImageForm) -> tuple[list[float], list[
     square = np.zeros(form.channels)
     chosen = range(0, len(images), stride)
     for index in chosen:
-        values = decode(images[index], form, f"image {index}").reshape(-1, form.channels) / 255
+        values = decode(images[index], form).reshape(-1, form.channels) / 255
         total += values.mean(axis=0)
         square += (values**2).mean(axis=0)
     mean = total / len(chosen)
@@ -177,7 +195,7 @@ def sample_images(config: Any, count: int = SAMPLE_IMAGES) -> list[Pixels]:
     outputs from them (Baradad et al. 2021, "Learning to See by Looking at Noise").
     """
     channels = int(getattr(config, "num_channels", 3) or 3)
-    edge = int(getattr(config, "image_size", None) or 32)
+    edge = max(_edges(getattr(config, "image_size", None) or 32))
     return [_dead_leaves(random.Random(index), edge, channels) for index in range(count)]
 
 

@@ -26,21 +26,32 @@ class Table:
     Attributes:
         name: The source, as messages and reports show it.
         columns: Column name to values, one a row.
-        first_line: Line of the first row in its file; 0 where rows are no lines.
+        lines: Line of each row in its file; empty where rows are no lines of one file.
+        numbers: Number of each row in its source, from 1; empty where all rows stand in order.
     """
 
     name: str
     columns: dict[str, Sequence[Any]]
-    first_line: int = 0
+    lines: Sequence[int] = ()
+    numbers: Sequence[int] = ()
 
     def __len__(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 0
 
     def row(self, index: int) -> str:
-        """A row as messages name it."""
-        if self.first_line:
-            return f"{self.name}: line {index + self.first_line}"
-        return f"{self.name}: row {index}"
+        """A row as messages name it: by its place in the source, of a part of its rows too."""
+        if self.lines:
+            return f"{self.name}: line {self.lines[index]}"
+        return f"{self.name}: row {self.numbers[index] if self.numbers else index + 1}"
+
+    def rows(self, indices: Sequence[int]) -> "Table":
+        """Some of the rows, which keep their places in the source."""
+        return Table(
+            self.name,
+            {name: [values[i] for i in indices] for name, values in self.columns.items()},
+            [self.lines[i] for i in indices] if self.lines else (),
+            [self.numbers[i] if self.numbers else i + 1 for i in indices],
+        )
 
 
 def read_table(source: str, split: str = "train") -> Table:
@@ -122,11 +133,14 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _read_txt(path: Path) -> Table:
-    return Table(str(path), {"text": [text for _, text in _lines(path) if text.strip()]})
+    kept = [(number, text) for number, text in _lines(path) if text.strip()]
+    lines = [number for number, _ in kept]
+    return Table(str(path), {"text": [text for _, text in kept]}, lines)
 
 
 def _read_jsonl(path: Path) -> Table:
     rows: list[dict[str, Any]] = []
+    lines: list[int] = []
     for number, text in _lines(path):
         if not text.strip():
             continue
@@ -139,29 +153,33 @@ def _read_jsonl(path: Path) -> Table:
         if not isinstance(row, dict):
             raise InputRefused("E454", "not a JSON object", f"{path}: line {number}")
         rows.append(row)
-    names = list(rows[0]) if rows else []
-    return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, 1)
+        lines.append(number)
+    names = dict.fromkeys(name for row in rows for name in row)
+    return Table(str(path), {name: [row.get(name) for row in rows] for name in names}, lines)
 
 
 def _read_csv(path: Path) -> Table:
     reader = csv.reader(text + "\n" for _, text in _lines(path))
     try:
         header = next(reader, [])
-        rows = [row for row in reader if row]
+        numbered = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise InputRefused(
             "E454", "not CSV", f"{path}: line {reader.line_num}", str(error)
         ) from None
-    for index, row in enumerate(rows):
+    for line, row in numbered:
         if len(row) != len(header):
             raise InputRefused(
                 "E454",
                 "a row has another number of fields than the header",
-                f"{path}: row {index + 1}",
+                f"{path}: line {line}",
                 f"{len(row)}",
                 f"{len(header)}",
             )
-    return Table(str(path), {name: [row[i] for row in rows] for i, name in enumerate(header)})
+    columns: dict[str, Sequence[Any]] = {
+        name: [row[i] for _, row in numbered] for i, name in enumerate(header)
+    }
+    return Table(str(path), columns, [line for line, _ in numbered])
 
 
 def _read_parquet(path: Path) -> Table:

@@ -57,7 +57,6 @@ class TokenSet:
         pad_id: Fills short examples.
         rule: Set for masked language models.
         is_causal: Labels are the ids themselves.
-        has_mask: Whether the model takes an attention mask.
     """
 
     ids: Sequence[Sequence[int]]

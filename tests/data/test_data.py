@@ -165,6 +165,82 @@ def test_broken_data_is_refused_with_its_place(tmp_path, name, raw, pattern):
     assert pattern in refusal(tmp_path, name, raw)
 
 
+@pytest.mark.parametrize("fault", [{"text": "x", "label": "eggs"}, {"text": 3, "label": "ham"}])
+def test_a_faulty_row_is_named_by_its_line_whichever_side_of_the_split_it_is_on(tmp_path, fault):
+    lines = [json.dumps({"text": "x", "label": "ham"})] * 40
+    for place in (7, 30):
+        given = [*lines[:3], "", *lines[3:place], json.dumps(fault), *lines[place:]]
+        line = refusal(tmp_path, "a.jsonl", "\n".join(given).encode())
+        assert f"line {place + 2}:" in line
+
+
+def test_a_faulty_row_of_a_source_without_lines_is_named_by_its_number(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.table({"text": ["x"] * 40, "label": ["ham"] * 30 + ["eggs"] + ["ham"] * 9})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    line = refusal(tmp_path, "a.parquet", (tmp_path / "a.parquet").read_bytes())
+    assert "row 31: 'eggs'" in line
+
+
+@pytest.mark.parametrize(
+    ("fault", "why"),
+    [
+        ({"tokens": ["a", "b"], "tags": ["ham", "eggs"]}, "label unknown"),
+        ({"tokens": ["a", "b"], "tags": ["ham"]}, "differ in number"),
+        ({"tokens": ["a", "b"]}, "not a list"),
+        ({"tokens": "a b", "tags": "ham ham"}, "not a list"),
+        ({"tokens": ["a", 3], "tags": ["ham", "ham"]}, "not text"),
+    ],
+)
+def test_faulty_tags_are_refused_with_the_line_of_their_row(tmp_path, fault, why):
+    rows = [{"tokens": ["a", "b"], "tags": ["ham", "spam"]} for _ in range(40)]
+    path = write(tmp_path / "t.jsonl", [*rows[:30], fault, *rows[30:]])
+    with pytest.raises(InputRefused, match=f"{why}.*line 31:"):
+        opened("token-classification", source=path)
+
+
+def test_tags_that_are_missing_are_refused_where_a_head_is_sized_by_them(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"tokens": ["a"], "tags": ["ham"]}, {"tokens": ["b"]}])
+    with pytest.raises(InputRefused, match="line 2"):
+        label_names(DataSection(source=path), "token-classification")
+
+
+def test_labels_that_begin_after_the_first_row_are_not_passed_over(tmp_path):
+    raw = b'{"text": "x"}\n' + b'{"text": "y", "label": "ham"}\n' * 39
+    assert "line 1: None" in refusal(tmp_path, "a.jsonl", raw)
+
+
+def test_an_image_that_is_none_is_named_by_its_path(tmp_path):
+    for index in range(4):
+        Image.new("L", (2, 2)).save(tmp_path / f"{index}.png")
+    (tmp_path / "2.png").write_bytes(b"no image")
+    with pytest.raises(InputRefused, match=r"not an image: .*/2\.png"):
+        opened("image-classification", source=str(tmp_path))
+
+
+def test_an_image_too_large_to_be_one_is_refused(tmp_path, monkeypatch):
+    for index in range(4):
+        Image.new("L", (20, 20)).save(tmp_path / f"{index}.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(InputRefused, match="not an image"):
+        opened("image-classification", source=str(tmp_path))
+
+
+def test_a_model_of_oblong_images_has_a_built_in_sample():
+    config = SimpleNamespace(id2label={0: "ham"}, num_channels=1, image_size=[4, 6])
+    data = open_data(
+        DataSection(),
+        task="image-classification",
+        tokenizer=None,
+        image_processor=None,
+        config=config,
+    )
+    values = batch(data, 0, batch_size=2, seed=0)["pixel_values"]
+    assert values.shape == (2, 1, 4, 6)
+
+
 def test_a_column_that_is_not_there_lists_those_that_are(tmp_path):
     line = refusal(tmp_path, "a.jsonl", b'{"text": "x"}\n{"text": "y"}\n', text="body")
     assert "body" in line
