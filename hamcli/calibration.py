@@ -1,7 +1,7 @@
 """What the layers see: second moments of their inputs over a few examples, dense and once.
 
-Wanda, SparseGPT and OWL are made of these. Only linear layers (transformers' Conv1D too) and
-ordinary convolutions are known; any other target is refused.
+Wanda, SparseGPT and OWL are made of these. Places of padding are left out. Only linear layers
+(transformers' Conv1D too) and ordinary convolutions are known; any other target is refused.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -78,10 +78,10 @@ def watch(
         RecipeError: E227, a target is no linear layer or convolution, or saw nothing.
     """
     modules = dict(model.named_modules())
-    seen: dict[int, Inputs] = {}
+    recorder = _Recorder(full)
     handles = [
         _known(modules[module_of(target.name)], target).register_forward_pre_hook(
-            _recorder(seen, index, full)
+            recorder.hook(index)
         )
         for index, target in enumerate(targets)
     ]
@@ -89,15 +89,17 @@ def watch(
     model.eval()
     try:
         for values in batches:
-            model(**{key: one.to(device) for key, one in without_labels(values).items()})
+            placed = {key: one.to(device) for key, one in without_labels(values).items()}
+            recorder.mask = placed.get("attention_mask")
+            model(**placed)
     finally:
         model.train(was_training)
         for handle in handles:
             handle.remove()
     for index, target in enumerate(targets):
-        if index not in seen:
+        if index not in recorder.seen:
             raise _refused(target, "no example reaches it")
-    return [seen[index] for index in range(len(targets))]
+    return [recorder.seen[index] for index in range(len(targets))]
 
 
 def _known(module: nn.Module, target: Target) -> nn.Module:
@@ -124,27 +126,52 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
 
 
-def _recorder(seen: dict[int, Inputs], index: int, full: bool) -> Callable[[nn.Module, Any], None]:
-    def record(module: nn.Module, arguments: Any) -> None:
-        x = _rows(module, arguments[0].detach().float())
-        moments = x.transpose(1, 2) @ x if full else x.square().sum(dim=1)
-        before = seen.get(index)
-        seen[index] = (
-            Inputs(x.shape[1], moments)
-            if before is None
-            else Inputs(before.rows + x.shape[1], before.moments + moments)
-        )
+class _Recorder:
+    """Adds up what the layers see.
 
-    return record
+    Attributes:
+        seen: Index of a target to what its layer saw so far.
+        mask: The batch's attention mask, [batch, length]; None where it has none.
+    """
+
+    def __init__(self, full: bool) -> None:
+        self._full = full
+        self.seen: dict[int, Inputs] = {}
+        self.mask: Tensor | None = None
+
+    def hook(self, index: int) -> Callable[[nn.Module, Any], None]:
+        """What a target's layer calls with its inputs."""
+
+        def record(module: nn.Module, arguments: Any) -> None:
+            x = _rows(module, self._without_padding(module, arguments[0].detach().float()))
+            rows = x.shape[1]
+            moments = x.transpose(1, 2) @ x if self._full else x.square().sum(dim=1)
+            if (before := self.seen.get(index)) is not None:
+                rows, moments = before.rows + rows, before.moments + moments
+            self.seen[index] = Inputs(rows, moments)
+
+        return record
+
+    def _without_padding(self, module: nn.Module, x: Tensor) -> Tensor:
+        """The inputs of tokens, [batch, length, ...] or [batch * length, ...], that count."""
+        if self.mask is None or isinstance(module, _CONVS):
+            return x
+        mask = self.mask.bool()
+        if x.dim() > 2 and x.shape[:2] == mask.shape:
+            return x[mask]
+        return x[mask.flatten()] if x.dim() == 2 and len(x) == mask.numel() else x
 
 
 def _rows(module: nn.Module, x: Tensor) -> Tensor:
     """Input vectors [groups, rows, inputs] that the rows of the weight are multiplied with."""
     if not isinstance(module, _CONVS):
         return x.reshape(1, -1, x.shape[-1])
-    kernel, stride, padding, dilation = (
-        tuple(getattr(module, key)) for key in ("kernel_size", "stride", "padding", "dilation")
-    )
+    # as a word it is "valid", which means none: "same" is refused
+    given = (0,) * len(module.kernel_size) if isinstance(module.padding, str) else module.padding
+    sizes: list[tuple[int, ...]] = [
+        tuple(one) for one in (module.kernel_size, module.stride, given, module.dilation)
+    ]
+    kernel, stride, padding, dilation = sizes
     if isinstance(module, nn.Conv1d):
         x = x.unsqueeze(2)
         kernel, stride, padding, dilation = (

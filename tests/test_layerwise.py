@@ -18,7 +18,7 @@ class Net(nn.Module):
     def __init__(self, **words):
         super().__init__()
         torch.manual_seed(0)
-        self.conv = nn.Conv2d(4, 8, 3, padding=1, **words)
+        self.conv = nn.Conv2d(4, 8, 3, **{"padding": 1, **words})
         self.line = nn.Linear(8, 12)
 
     def forward(self, x):
@@ -38,7 +38,10 @@ def seen(net, targets, batches, *, full=False):
     return watch(net, targets, iter(batches), torch.device("cpu"), full=full)
 
 
-@pytest.mark.parametrize("words", [{}, {"groups": 2}, {"stride": 2, "dilation": 2}])
+@pytest.mark.parametrize(
+    "words",
+    [{}, {"groups": 2}, {"stride": 2, "dilation": 2}, {"padding": "valid"}],
+)
 def test_norms_are_those_of_the_inputs(words):
     net, targets, batches = opened(**words)
     conv, line = norms(targets, seen(net, targets, batches))
@@ -82,6 +85,23 @@ def test_transformers_are_seen_and_others_refused(family):
     for target, norm in zip(targets, norms(targets, found), strict=True):
         assert torch.broadcast_shapes(norm.shape, target.param.shape) == target.param.shape
         assert (norm > 0).any()
+
+
+@pytest.mark.parametrize("family", ["llama", "bert", "gpt2"])
+@pytest.mark.parametrize("full", [False, True])
+def test_places_of_padding_are_not_seen(family, full):
+    from hamcli.sparsity.targets import select_targets
+
+    model = pico.MODELS[family]()
+    targets = select_targets(model, ["*"], None)
+    short, long = torch.arange(5, 9).view(1, 4), torch.arange(5, 13).view(1, 8)
+    padded = torch.cat([torch.nn.functional.pad(short, (0, 4)), long])
+    mask = torch.tensor([[1] * 4 + [0] * 4, [1] * 8])
+    together = seen(model, targets, [{"input_ids": padded, "attention_mask": mask}], full=full)
+    apart = seen(model, targets, [{"input_ids": one} for one in (short, long)], full=full)
+    for one, other in zip(together, apart, strict=True):
+        assert one.rows == other.rows == 12
+        torch.testing.assert_close(one.moments, other.moments, rtol=1e-4, atol=1e-5)
 
 
 def test_experts_are_refused():
