@@ -150,8 +150,13 @@ def run_identity(opened: Opened, num_processes: int = 1) -> RunIdentity:
 
 def data_digests(recipe: Recipe) -> dict[str, str]:
     """SHA-256 of each data file, by its last name; folders, data sets and samples have none."""
-    named = [name for name in (recipe.data.source, recipe.data.evaluation) if name is not None]
-    return {Path(name).name: _digest(Path(name)) for name in named if Path(name).is_file()}
+    found: dict[str, str] = {}
+    for name in dict.fromkeys((recipe.data.source, recipe.data.evaluation)):
+        if name is not None and Path(name).is_file():
+            key = Path(name).name
+            # two files of one name in two folders
+            found[f"{key} (evaluation)" if key in found else key] = _digest(Path(name))
+    return found
 
 
 def _digest(path: Path) -> str:
