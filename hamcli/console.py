@@ -274,8 +274,9 @@ class LiveWatcher:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._finish_stage()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:  # what failed gets no tick
+            self._finish_stage()
         self._progress.stop()
 
     def stage(self, text: str) -> None:

@@ -1,8 +1,11 @@
 """Progress where there is no terminal: rare lines, and none missing where a part takes long."""
 
+import io
 import time
+from contextlib import suppress
 
 import pytest
+from rich.console import Console
 
 from hamcli import console
 
@@ -24,6 +27,15 @@ def test_a_part_that_begins_soon_after_a_line_is_told_if_it_lasts(soon, capsys):
         assert lines(capsys) == ["ham: opening"]
         time.sleep(0.5)
         assert lines(capsys) == ["ham: building, about a minute"]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_only_what_has_come_to_its_end_gets_a_tick(fails):
+    out = Console(file=io.StringIO(), force_terminal=True, width=80)
+    with suppress(ZeroDivisionError), console.LiveWatcher(console.Screen(), out, "sparsify") as one:
+        one.stage("opening")
+        1 / (not fails)
+    assert ("✓" in out.file.getvalue()) is not fails
 
 
 @pytest.mark.parametrize("later", ["steps", "end"])
