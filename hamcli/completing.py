@@ -77,6 +77,13 @@ def placed(error: RecipeError, read: ReadRecipe) -> RecipeError:
     )
 
 
+def input_paths(recipe: Recipe) -> list[Path]:
+    """The files and folders that a run reads, of which none may be written."""
+    named = (recipe.model.id, recipe.model.config, recipe.data.source, recipe.data.evaluation)
+    paths = [Path(name).expanduser() for name in named if name is not None]
+    return [path for path in paths if path.exists()]
+
+
 def public_recipe(recipe: Recipe) -> dict[str, Any]:
     """The recipe as reports show it: paths by their last name."""
     shown = recipe.as_dict()

@@ -4,19 +4,20 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from hamcli.completing import complete
+from hamcli.completing import complete, input_paths
 from hamcli.defaults import out_folder
 from hamcli.errors import UsageError
 from hamcli.opening import open_run, public_recipe, run_identity
 from hamcli.parallel.world import World, joined
 from hamcli.progress import Progress, Silent
-from hamcli.recipe import ReadRecipe, Recipe, recipe_layer, values_layer
+from hamcli.recipe import WORDS, ReadRecipe, Recipe, recipe_layer, values_layer
 from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report, read_report
 from hamcli.runstate import RunState, check_out, finished, remove_leftovers
 from hamcli.signals import Stop, stop_on_signals
 from hamcli.sparsifying import Sparsification
 from hamcli.tracking import Trackers, refuse_missing
+from hamcli.training import refuse_missing_device
 
 
 def sparsify(
@@ -44,10 +45,14 @@ def sparsify(
         The report, as written to `out`.
 
     Raises:
+        TypeError: An override is none that there is.
         HamError: Anything of `hamcli.errors` but GateFailed: `report.gate` has the verdict.
     """
-    words = {WORDS[key]: value for key, value in overrides.items() if key != "settings"}
-    words |= overrides.get("settings", {})
+    settings = overrides.pop("settings", {})
+    if unknown := sorted(overrides.keys() - WORDS.keys()):
+        known = ", ".join(WORDS)
+        raise TypeError(f"sparsify() has no argument {unknown[0]!r}: {known}, or a key in settings")
+    words = {WORDS[key]: value for key, value in overrides.items()} | settings
     layers = [values_layer(words, "argument")]
     if isinstance(recipe, Recipe):
         layers.insert(0, values_layer(recipe.as_dict(), "recipe"))
@@ -57,23 +62,6 @@ def sparsify(
     return run_sparsify(
         read, out=out, resume=resume, overwrite=overwrite, keep_run=keep_run, progress=progress
     )
-
-
-WORDS = {
-    "model": "model.id",
-    "task": "model.task",
-    "config": "model.config",
-    "data": "data.source",
-    "target": "sparsity.target",
-    "method": "sparsity.method",
-    "pattern": "sparsity.pattern",
-    "steps": "training.steps",
-    "seed": "training.seed",
-    "device": "training.device",
-    "parallel": "training.parallel",
-    "format": "export.format",
-    "max_drop": "gate.max_drop",
-}
 
 
 def run_sparsify(
@@ -103,6 +91,7 @@ def run_sparsify(
             recipe.sparsity.method,
             f"ham prune --method {recipe.sparsity.method}, or another method",
         )
+    refuse_missing_device(recipe.training.device, read.place("training", "device"))
     if recipe.training.trackers:
         refuse_missing(recipe.training.trackers)
     folder = Path(out) if out is not None else out_folder(recipe.model.id or "", target)
@@ -124,7 +113,7 @@ def _in_world(
     world: World,
 ) -> Report:
     """The run, in each of its processes; process 0 alone has the run folder."""
-    inputs = _inputs(read.recipe)
+    inputs = input_paths(read.recipe)
     with ExitStack() as stack:
         if stop is None:
             stop = stack.enter_context(stop_on_signals())
@@ -166,8 +155,3 @@ def _complete_already(
             found = read_report(folder)
     told = world.tell(found.to_json() if found is not None else None)
     return found if found is not None or told is None else Report.from_json(told)
-
-
-def _inputs(recipe: Recipe) -> list[Path]:
-    named = (recipe.model.id, recipe.model.config, recipe.data.source, recipe.data.evaluation)
-    return [Path(name) for name in named if name is not None and Path(name).exists()]

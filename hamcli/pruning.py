@@ -9,6 +9,7 @@ from torch import Tensor
 from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.changes import greatest_dropped, histogram_of
+from hamcli.completing import input_paths
 from hamcli.data import Data, evaluation_batches
 from hamcli.errors import RecipeError, UsageError
 from hamcli.evaluation import Quality, drop, measure
@@ -20,7 +21,7 @@ from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe
 from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report
-from hamcli.runstate import RunState
+from hamcli.runstate import RunState, check_out
 from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import make_score
 from hamcli.sparsity.masks import (
@@ -36,11 +37,9 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
     """Zero weights exactly, write, recount and measure; nothing is trained."""
     recipe = read.recipe
     device = torch.device("cpu")
-    inputs = [
-        Path(name) for name in (recipe.model.id, recipe.data.source) if name and Path(name).exists()
-    ]
-    with RunState(out, inputs=inputs, overwrite=overwrite) as run:
+    with RunState(out, inputs=input_paths(recipe), overwrite=overwrite) as run:
         opened = open_run(read, progress)
+        check_out(out, inputs=[opened.source.folder], overwrite=overwrite)
         run.begin(run_identity(opened))
         model, targets, section = opened.loaded.model, opened.targets, opened.recipe.sparsity
         before = [param.detach().clone() for param in targets.params]

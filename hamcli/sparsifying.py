@@ -24,11 +24,7 @@ from hamcli.opening import Opened, objective_of
 from hamcli.optim import HAM, forms
 from hamcli.outcome import environment_record
 from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
-from hamcli.parallel.parts import (
-    has_batch_norm,
-    part_of,
-    refuse_uneven_batch,
-)
+from hamcli.parallel.parts import has_batch_norm, part_of, refuse_uneven_batch
 from hamcli.parallel.shards import Shards, fill_, shard_, shard_teacher
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
@@ -327,7 +323,7 @@ class Sparsification:
             optimizer.set_masks(course.after_step(step))
             if self.shards is not None:
                 self.shards.hide_gradients(self.targets)
-            if (step + 1) % every == 0 or step == 0:
+            if (step + 1) % every == 0:
                 optimizer.measure_next_step()
             return course.sparsity
 
@@ -372,7 +368,7 @@ class Sparsification:
         )
         if done == 0:
             self._begin(engine, hooks, optimizer, course)
-        if every == 1 or (done + 1) % every == 0:
+        if (done + 1) % every == 0:
             optimizer.measure_next_step()
         began = time.monotonic()
         self.progress.begin_steps(

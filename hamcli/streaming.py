@@ -29,7 +29,7 @@ from hamcli.checkpoint.recount import count_zeros
 from hamcli.checkpoint.sidefiles import copy_side_files, pretty
 from hamcli.checkpoint.source import Source, find_bare, find_model, find_weights, is_bare
 from hamcli.checkpoint.stream import Shard, Writer, open_shards
-from hamcli.completing import placed, public_recipe
+from hamcli.completing import input_paths, placed, public_recipe
 from hamcli.cutting import Found, cut_files, parts_of, passes, shapes_of
 from hamcli.errors import InputRefused, RecipeError, UsageError
 from hamcli.native import bits as magnitudes
@@ -138,9 +138,10 @@ def prune_files(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progr
         Preempted: Another signal; nothing is kept.
     """
     opened = _OpenedFiles(read, progress)
+    inputs = [opened.place, *input_paths(read.recipe)]
     with (
         raise_on_signals() as guard,
-        RunState(out, inputs=[opened.place], overwrite=overwrite) as run,
+        RunState(out, inputs=inputs, overwrite=overwrite) as run,
     ):
         guard.arm()
         need = opened.dense_bytes + (opened.largest if opened.is_packing else 0)

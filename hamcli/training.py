@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from hamcli.divergence import refuse_non_finite
-from hamcli.errors import ResourceError
+from hamcli.errors import RecipeError, ResourceError
 from hamcli.progress import StepRecord
 from hamcli.sharpness import uphill
 
@@ -159,6 +159,27 @@ def make_engine(
     # of 1x1 convolutions, whose gradient lies in memory as well one way as the other
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     return Engine(accelerator, model, wrapped, optimizer, stepper, has_dropout=has_dropout)
+
+
+def refuse_missing_device(device: str, where: str = "training.device") -> None:
+    """See that torch has a device that is asked for by name: accelerate would take another.
+
+    Args:
+        device: auto, cpu, mps, cuda or cuda:N.
+        where: Where it was said.
+
+    Raises:
+        RecipeError: E246, it has not.
+    """
+    kind, _, number = device.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if kind == "mps" and not torch.backends.mps.is_available():
+        why = "torch finds no MPS here"
+    elif kind == "cuda" and int(number or 0) >= count:
+        why = f"torch finds {count} CUDA devices here"
+    else:
+        return
+    raise RecipeError("E246", "no such device", where, f"{device}, and {why}", "auto or cpu")
 
 
 def make_accelerator(device: str, precision: str, num_processes: int = 1) -> Any:

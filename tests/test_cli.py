@@ -186,6 +186,35 @@ def test_bad_input_is_one_clear_line_with_its_code(words, code, pattern, tmp_pat
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["check", "any", "--max-drop", "nan"],
+        ["eval", "any", "--against", "other", "--max-drop", "nan"],
+        ["check", "any", "--max-drop", "inf"],
+    ],
+)
+def test_a_gate_that_nothing_could_fail_is_refused(words, capsys):
+    from hamcli import cli
+
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "is no finite number" in capsys.readouterr().err
+
+
+def test_recipes_are_listed_with_what_they_are_for(capsys):
+    from hamcli import cli
+
+    with pytest.raises(SystemExit):
+        cli.main(["recipe", "list"])
+    told = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert told["text-classifier-90"] == (
+        "A text classifier (of whole texts or of single tokens) at 90 %"
+    )
+    assert told["quick"] == "A short run to see the whole road on any model"
+
+
+@pytest.mark.parametrize(
     ("error", "code", "number"),
     [
         (ZeroDivisionError("of ours"), 1, "E001"),

@@ -410,6 +410,19 @@ def test_out_may_not_be_the_input(tmp_path):
     assert sorted(path.name for path in (tmp_path / "model").iterdir()) == before
 
 
+@pytest.mark.parametrize("key", ["model.config", "data.evaluation"])
+def test_out_may_be_no_other_input_either(key, tmp_path):
+    (tmp_path / "given").mkdir()
+    model, given = tmp_path / "m.safetensors", tmp_path / "given" / "config.json"
+    model.write_bytes((RESNET / "model.safetensors").read_bytes())
+    given.write_bytes((RESNET / "config.json").read_bytes())
+    words = {"model.id": str(model), "model.config": str(given), "sparsity.target": 0.5}
+    read = complete([values_layer({**words, key: str(given)}, "test")], has_recipe=False)
+    with pytest.raises(HamError, match="E110"):
+        prune(read, out=tmp_path / "given", overwrite=True, progress=Silent())
+    assert [path.name for path in (tmp_path / "given").iterdir()] == ["config.json"]
+
+
 @pytest.mark.parametrize(
     ("key", "code"), [("targets.include", "E214"), ("targets.exclude", "E215")]
 )

@@ -415,12 +415,11 @@ def compare(
 
 @recipes.command("list")
 def list_recipes() -> None:
-    """Names and first lines of the shipped recipes."""
-    from hamcli.recipe import shipped_names, shipped_text
+    """Names of the shipped recipes, and what each is for."""
+    from hamcli.recipe import shipped_names, shipped_summary
 
     for name in shipped_names():
-        first = shipped_text(name).splitlines()[0].lstrip("# ")
-        sys.stdout.write(f"{name:22} {first}\n")
+        sys.stdout.write(f"{name:22} {shipped_summary(name)}\n")
 
 
 @recipes.command("show")

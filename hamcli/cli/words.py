@@ -1,5 +1,6 @@
 """The words of commands: declared once, and read into layers of a recipe."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -7,6 +8,14 @@ from typing import Annotated, Any
 import typer
 
 from hamcli.errors import UsageError, printable
+
+
+def finite(value: float | None) -> float | None:
+    """The value of an option; NaN would pass every gate, since nothing is above or below it."""
+    if value is not None and not math.isfinite(value):
+        raise typer.BadParameter(f"{value} is no finite number")
+    return value
+
 
 ModelWord = Annotated[
     str | None,
@@ -62,29 +71,13 @@ FormatWord = Annotated[
     str | None, typer.Option("--format", help="Form of the result: dense or packed.")
 ]
 DropWord = Annotated[
-    float | None, typer.Option("--max-drop", help="Gate: greatest loss of quality.")
+    float | None,
+    typer.Option("--max-drop", callback=finite, help="Gate: greatest loss of quality."),
 ]
 OverwriteWord = Annotated[bool, typer.Option("--overwrite", help="Replace the output folder.")]
 JsonWord = Annotated[bool, typer.Option("--json", help="Result as one JSON document on stdout.")]
 QuietWord = Annotated[bool, typer.Option("-q", "--quiet", help="Warnings and errors only.")]
 VerboseWord = Annotated[bool, typer.Option("-v", "--verbose", help="Notes too.")]
-
-# parameters of commands that are words for keys of the recipe, in the order of faults
-FLAGS = {
-    "model": "model.id",
-    "config": "model.config",
-    "task": "model.task",
-    "data": "data.source",
-    "target": "sparsity.target",
-    "method": "sparsity.method",
-    "pattern": "sparsity.pattern",
-    "steps": "training.steps",
-    "seed": "training.seed",
-    "device": "training.device",
-    "parallel": "training.parallel",
-    "format_": "export.format",
-    "max_drop": "gate.max_drop",
-}
 
 
 def layers_of(params: Mapping[str, Any]) -> list[Any]:
@@ -96,17 +89,16 @@ def layers_of(params: Mapping[str, Any]) -> list[Any]:
     Raises:
         UsageError: E103, no model is named; E107, the target is no sparsity.
     """
-    from hamcli.recipe import recipe_layer, values_layer, words_layer
+    from hamcli.recipe import WORDS, recipe_layer, values_layer, words_layer
 
     recipe, settings = params.get("recipe"), params.get("setting")
     layers = [recipe_layer(recipe)] if recipe is not None else []
-    for name, key in FLAGS.items():
-        if name not in params:
-            continue
-        value = params[name]
+    given = {name.rstrip("_"): value for name, value in params.items()}  # format_ is no builtin
+    for name in WORDS:
+        value = given.get(name)
         if name == "target" and value is not None:
             value = sparsities(value)
-        layers.append(values_layer({key: value}, f"--{name.rstrip('_').replace('_', '-')}"))
+        layers.append(values_layer({WORDS[name]: value}, f"--{name.replace('_', '-')}"))
     layers.append(words_layer(settings or []))
     _refuse_no_model(params.get("model"), layers)
     return layers

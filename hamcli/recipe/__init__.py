@@ -1,10 +1,12 @@
 """Recipes: strict, frozen, plain data with line numbers. Imports no torch."""
 
 from hamcli.recipe.reading import (
+    WORDS,
     ReadRecipe,
     read_recipe,
     recipe_layer,
     shipped_names,
+    shipped_summary,
     shipped_text,
     values_layer,
     words_layer,
@@ -13,6 +15,7 @@ from hamcli.recipe.schema import Recipe, json_schema
 from hamcli.recipe.writing import effective_text
 
 __all__ = [
+    "WORDS",
     "ReadRecipe",
     "Recipe",
     "effective_text",
@@ -20,6 +23,7 @@ __all__ = [
     "read_recipe",
     "recipe_layer",
     "shipped_names",
+    "shipped_summary",
     "shipped_text",
     "values_layer",
     "words_layer",

@@ -1,6 +1,7 @@
 """Layers of plain data to a checked Recipe, and each fault back to the place it stands at."""
 
 import difflib
+import itertools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,23 @@ from hamcli.recipe.text import MAX_BYTES, KeyPath, Parsed, is_number, parse, par
 
 SECRET_KEY = re.compile(r"(?i)token$|^token|secret|password|api_?key")
 NOT_SECRET = {"tokens"}
+WORDS = {
+    "model": "model.id",
+    "config": "model.config",
+    "task": "model.task",
+    "data": "data.source",
+    "target": "sparsity.target",
+    "method": "sparsity.method",
+    "pattern": "sparsity.pattern",
+    "steps": "training.steps",
+    "seed": "training.seed",
+    "device": "training.device",
+    "parallel": "training.parallel",
+    "format": "export.format",
+    "max_drop": "gate.max_drop",
+}
+"""Short words for keys: flags of commands and arguments of `sparsify`, in the order of faults."""
+
 FAULT_LIMIT = 20  # a file of ten thousand wrong keys is no recipe; nobody reads further
 
 
@@ -159,6 +177,13 @@ def shipped_names() -> list[str]:
 def shipped_text(name: str) -> str:
     """Text of a shipped recipe."""
     return (_shipped_folder() / f"{name}.yaml").read_text(encoding="utf-8")
+
+
+def shipped_summary(name: str) -> str:
+    """What a shipped recipe is for: the first sentence of its comment, up to a colon."""
+    lines = itertools.takewhile(lambda line: line.startswith("#"), shipped_text(name).splitlines())
+    text = " ".join(line.lstrip("# ") for line in lines)
+    return re.split(r"[:.](?: |$)", text)[0]
 
 
 def _shipped_folder() -> Traversable:
