@@ -159,7 +159,7 @@ def _convert(
     copy_beside(folder, stage, (INDEX, *SIDE_FILES, *OUR_FILES))
     config = find_file(folder, CONFIG)
     if config is not None and form == "packed":
-        (stage / CONFIG).write_bytes(mark_config(config))
+        (stage / CONFIG).write_bytes(mark_config(config, next(iter(weights.values()))))
     for name, header in weights.items():
         write = pack_file if form == "packed" else restore_file
         write(header.path, stage / name, advance)

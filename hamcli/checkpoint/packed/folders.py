@@ -5,17 +5,22 @@ the same bytes. The index of shards stays as it is; its `total_size` is that of 
 """
 
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from hamcli.checkpoint.folder import CONFIG, read_bytes, read_json
+from hamcli.checkpoint.headers import FLOATS, Header, read_header
 from hamcli.checkpoint.packed.files import pack_file
 from hamcli.errors import InputRefused
 
 METHOD = "ham"
 """The `quant_method` under which transformers finds the loader."""
 _KEY = "quantization_config"
-_MARK = f'"{_KEY}": {{"quant_method": "{METHOD}", "version": 1}}, '.encode()
+_MARK = f'"{_KEY}": {{"quant_method": "{METHOD}", "version": 1}}'.encode()
+_MARKED = re.compile(rb'(?:"(?:torch_)?dtype": "[a-z0-9]+", )?' + re.escape(_MARK) + rb"(?:, )?")
+_TORCH_DTYPES = dict(zip(FLOATS, ("float64", "float32", "float16", "bfloat16"), strict=True))
 
 
 def is_marked(config: dict[str, object]) -> bool:
@@ -29,8 +34,12 @@ def without_mark(config: dict[str, object]) -> dict[str, object]:
     return {key: value for key, value in config.items() if key != _KEY or not is_marked(config)}
 
 
-def mark_config(path: Path) -> bytes:
+def mark_config(path: Path, first: Header) -> bytes:
     """The bytes of the packed folder's config.json, from that of the dense one at `path`.
+
+    Args:
+        path: The dense folder's config.json.
+        first: The header of its first weight file, dense.
 
     Raises:
         InputRefused: The model is quantised: transformers unpacks a model in one way, not in two.
@@ -41,9 +50,23 @@ def mark_config(path: Path) -> bytes:
         raise InputRefused("E444", "already packed or quantised", path, why, "a dense model")
     raw = read_bytes(path)
     begin = raw.index(b"{") + 1
-    rest = raw[begin:]
-    mark = _MARK if config else _MARK.rstrip(b", ")
-    return raw[:begin] + mark + rest
+    mark = _dtype_mark(config, first) + _MARK
+    return raw[:begin] + mark + (b", " if config else b"") + raw[begin:]
+
+
+def _dtype_mark(config: Mapping[str, Any], first: Header) -> bytes:
+    """The dtype that transformers finds in the dense tensors, where config.json names none.
+
+    It takes that of the first one, by name, and packed ones do not tell theirs.
+    """
+    if config.get("dtype") is not None or config.get("torch_dtype") is not None:
+        return b""
+    names = sorted(one.name for one in first.tensors if one.dtype in FLOATS)
+    free = [key for key in ("dtype", "torch_dtype") if key not in config]  # no key stands twice
+    if not names or not free:
+        return b""
+    dtypes = {one.name: one.dtype for one in first.tensors}
+    return f'"{free[0]}": "{_TORCH_DTYPES[dtypes[names[0]]]}", '.encode()
 
 
 def unmark_config(path: Path) -> bytes:
@@ -54,9 +77,8 @@ def unmark_config(path: Path) -> bytes:
     """
     raw = read_bytes(path)
     begin = raw.find(b"{") + 1
-    for mark in (_MARK, _MARK.rstrip(b", ")):
-        if raw[begin:].startswith(mark):
-            return raw[:begin] + raw[begin + len(mark) :]
+    if mark := _MARKED.match(raw, begin):
+        return raw[:begin] + raw[mark.end() :]
     config = read_json(path, "the model's config", code="E406")
     if not is_marked(config):
         return raw
@@ -69,12 +91,12 @@ def unmark_config(path: Path) -> bytes:
     )
 
 
-def pack_in_place(folder: Path, weights: Iterable[Path], *, marked: bool = True) -> None:
+def pack_in_place(folder: Path, weights: Sequence[Path], *, marked: bool = True) -> None:
     """Make a finished dense folder, which nobody reads yet, a packed one.
 
     Args:
         folder: The folder.
-        weights: Its weight files.
+        weights: Its weight files, by name.
         marked: Whether it has a config.json, to be marked.
 
     Raises:
@@ -82,7 +104,7 @@ def pack_in_place(folder: Path, weights: Iterable[Path], *, marked: bool = True)
         OSError: The disk.
     """
     config = folder / CONFIG
-    text = mark_config(config) if marked else None
+    text = mark_config(config, read_header(weights[0])) if marked else None
     for path in weights:
         packed = path.with_name(path.name + ".packing")
         pack_file(path, packed)

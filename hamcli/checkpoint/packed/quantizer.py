@@ -51,6 +51,12 @@ def _classes() -> tuple[Any, Any]:
             if not self.pre_quantized:
                 raise ValueError("a model is packed by `ham export --format packed`, not on load")
 
+        def update_dtype(self, dtype: Any) -> Any:
+            """Refuse what transformers makes of packed bytes where config.json names no dtype."""
+            if not dtype.is_floating_point:
+                raise ValueError('the packed config.json names no dtype: load it with dtype="..."')
+            return dtype
+
         def get_new_dtype(self, converter: Any, param: Any, dtype: Any) -> Any:
             """Tell the operation which dtype its packed tensors are to have when unpacked."""
             for operation in getattr(converter, "operations", ()):

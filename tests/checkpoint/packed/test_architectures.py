@@ -1,5 +1,6 @@
 """Dense -> packed -> dense, and packed folders in transformers, over twenty architectures."""
 
+import json
 import subprocess
 import sys
 
@@ -186,3 +187,36 @@ def test_plain_tensors_of_a_packed_folder_keep_their_values(tmp_path):
     plain = [name for name in tensors if stored[name].dtype == tensors[name].dtype]
     assert plain
     assert all(torch.equal(stored[name], tensors[name]) for name in plain)
+
+
+@pytest.mark.parametrize("said", [{}, {"dtype": None}], ids=["no dtype", "dtype null"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_config_that_names_no_dtype_loads_as_the_dense_folder_does(said, dtype, tmp_path):
+    model = pruned(llama().to(dtype), 1.0)  # so that every tensor is packed
+    model.model.norm.weight.data.zero_()
+    for layer in model.model.layers:
+        layer.input_layernorm.weight.data.zero_()
+        layer.post_attention_layernorm.weight.data.zero_()
+    model.model.norm.to(torch.float32)  # not the first by name
+    dense = save(model, tmp_path / "dense")
+    config = json.loads((dense / "config.json").read_text())
+    del config["dtype"]
+    (dense / "config.json").write_text(json.dumps(said | config))
+    folder = packed(dense, tmp_path / "packed")
+    loader = loader_of(CAUSAL)
+    assert loader.from_pretrained(dense).dtype == dtype
+    assert_same(loader.from_pretrained(folder), loader.from_pretrained(dense))
+    export(folder, "dense", out=tmp_path / "back", overwrite=False, progress=Silent())
+    for path in dense.iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_a_packed_config_without_a_dtype_says_what_to_do(tmp_path):
+    dense = save(pruned(llama(), 1.0), tmp_path / "dense")
+    folder = packed(dense, tmp_path / "packed")
+    edit_config(folder, dtype=None)
+    for path in folder.glob("*.safetensors"):  # nothing plain is left
+        tensors = {name: one for name, one in load_file(path).items() if one.dtype == torch.uint8}
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="names no dtype"):
+        loader_of(CAUSAL).from_pretrained(folder)
