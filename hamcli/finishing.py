@@ -13,8 +13,7 @@ from hamcli.checkpoint.dense import write_model
 from hamcli.checkpoint.folder import CONFIG, sha256
 from hamcli.checkpoint.loading import load_model
 from hamcli.checkpoint.packed.folders import pack_in_place
-from hamcli.checkpoint.recount import weight_files
-from hamcli.checkpoint.source import find_model
+from hamcli.checkpoint.source import find_model, weight_files
 from hamcli.opening import Opened
 from hamcli.progress import Progress
 from hamcli.recipe import effective_text
@@ -58,7 +57,7 @@ def write_folder(
     )
     files = {one.path: (one.bytes, one.sha256) for one in made.files}
     if section.format == "packed":
-        weights = weight_files(stage)
+        weights = list(weight_files(stage).values())
         with disk_errors("cannot pack the model", stage):
             pack_in_place(stage, weights)
         for path in (*weights, stage / CONFIG):
@@ -86,7 +85,7 @@ def written_tensors(written: Written) -> Iterator[tuple[str, Tensor]]:
     from safetensors import safe_open
 
     places: dict[str, Path] = {}
-    for path in weight_files(written.stage):
+    for path in weight_files(written.stage).values():
         with safe_open(path, "pt", backend="pread") as file:
             places |= dict.fromkeys(file.keys(), path)
     for name, stored in written.names.items():

@@ -12,7 +12,7 @@ from hamcli.checkpoint.packed.files import (
     packed_bytes,
     read_any_header,
 )
-from hamcli.checkpoint.recount import weight_files
+from hamcli.checkpoint.source import weight_files
 from hamcli.report.records import SizeRecord
 
 GZIP_LEVEL = 6
@@ -20,7 +20,7 @@ GZIP_LEVEL = 6
 
 def size_record(folder: Path, inputs: Sequence[Path]) -> SizeRecord:
     """Bytes of the weight files: dense, packed, and dense as gzip makes them."""
-    written = weight_files(folder)
+    written = list(weight_files(folder).values())
     return SizeRecord(
         dense_bytes=sum(dense_bytes(read_any_header(path)) for path in written),
         packed_bytes=sum(map(packed_bytes, written)),

@@ -92,6 +92,14 @@ def test_the_line_that_measures_quality_can_be_run_as_it_stands(tmp_path):
     assert "ham eval 'half of it' --against 'models/of mine'" in done.stdout
 
 
+def test_the_line_that_measures_quality_names_the_config_of_a_bare_file(tmp_path):
+    shutil.copytree(RESNET, tmp_path / "m")
+    words = ("m/model.safetensors", "--target", "0.5", "--out")
+    done = ham("prune", *words, "named", "--config", "m", cwd=tmp_path)
+    assert "ham eval named --against m/model.safetensors --config m\n" in done.stdout
+    assert "ham eval" not in ham("prune", *words, "bare", cwd=tmp_path).stdout
+
+
 def test_check_passes_and_fails(sparse, tmp_path):
     ham("check", sparse[0], "--min-sparsity", "0.9", cwd=tmp_path)
     done = ham("check", sparse[0], "--min-sparsity", "0.91", cwd=tmp_path, code=3)

@@ -72,6 +72,17 @@ def test_the_form_that_it_has_already_is_refused(is_folder, tmp_path):
     assert list(tmp_path.iterdir()) == [packed]
 
 
+def test_a_folder_that_pruning_a_bare_file_leaves_goes_there_and_back(tmp_path):
+    (tmp_path / "out").mkdir()
+    shutil.copy(FILE, tmp_path / "out" / "mine.safetensors")
+    (tmp_path / "out" / "README.md").write_text("a card")
+    packed = to("packed", tmp_path / "out", tmp_path / "packed")
+    assert set(packed.files) == {"README.md", "mine.safetensors"}
+    to("dense", tmp_path / "packed", tmp_path / "back")
+    for path in (tmp_path / "out").iterdir():
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
+
+
 def test_files_of_both_forms_are_refused(tmp_path):
     folder = pico.save(pico.llama(), tmp_path / "m", max_shard_size="20KB")
     first = sorted(folder.glob("*.safetensors"))[0]

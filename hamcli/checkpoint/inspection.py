@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from hamcli.checkpoint.folder import CONFIG, find_file, read_json
 from hamcli.checkpoint.headers import DTYPE_BITS, FLOATS, Header, TensorInfo
 from hamcli.checkpoint.packed.files import read_any_header, tensor_bytes
-from hamcli.checkpoint.recount import count_block, weight_files
+from hamcli.checkpoint.recount import count_block, refuse_twice
+from hamcli.checkpoint.source import weight_files
 from hamcli.checkpoint.stream import Shard, chunks, open_shards
 from hamcli.errors import InputRefused, RecipeError
 from hamcli.sparsity.families import FileTargets, Undecided, by_family
@@ -188,20 +189,16 @@ def _headers(path: Path) -> dict[str, Header]:
         raise InputRefused(
             "E401", "no such checkpoint", path, right="a folder or .safetensors file"
         )
-    files = weight_files(path)
-    names = [path.name]
-    if path.is_dir():
-        names = sorted(file.name for file in path.glob("*.safetensors"))
-    return {name: read_any_header(file) for name, file in zip(names, files, strict=True)}
+    return {name: read_any_header(file) for name, file in weight_files(path).items()}
 
 
 def _refuse_twice(headers: Mapping[str, Header]) -> None:
-    seen: set[str] = set()
-    for file, header in headers.items():
+    seen: dict[str, Path] = {}
+    for header in headers.values():
         for tensor in header.tensors:
             if tensor.name in seen:
-                raise InputRefused("E412", "tensor in two files", file, tensor.name)
-            seen.add(tensor.name)
+                refuse_twice(tensor.name, seen[tensor.name], header.path)
+            seen[tensor.name] = header.path
 
 
 # ---- what headers tell ----

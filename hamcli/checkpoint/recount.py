@@ -7,11 +7,11 @@ report comes from here. What the zeros were meant to be is left to others.
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 from numpy.typing import NDArray
 
-from hamcli.checkpoint.folder import find_file
 from hamcli.checkpoint.headers import (
     DTYPE_BITS,
     Header,
@@ -21,6 +21,7 @@ from hamcli.checkpoint.headers import (
 )
 from hamcli.checkpoint.packed.blocks import merge_in_numpy
 from hamcli.checkpoint.packed.files import packed_blocks, read_any_header
+from hamcli.checkpoint.source import weight_files
 from hamcli.errors import InputRefused
 
 BLOCK_BYTES = 4 * 2**20
@@ -53,7 +54,7 @@ class TensorCount:
 
 
 def count_zeros(path: Path, names: Collection[str] | None = None) -> dict[str, TensorCount]:
-    """Counts of every tensor of a safetensors file, or of all such files of a folder.
+    """Counts of every tensor of a safetensors file, or of the weight files of a folder.
 
     Names are those of the file, in their order there.
 
@@ -65,27 +66,24 @@ def count_zeros(path: Path, names: Collection[str] | None = None) -> dict[str, T
         InputRefused: There is no safetensors file, one is damaged, or a name occurs in two.
     """
     counts: dict[str, TensorCount] = {}
-    for file in weight_files(path):
+    files: dict[str, Path] = {}
+    for file in weight_files(path).values():
         header = read_any_header(file)
         with open_regular(file) as handle:
             for tensor in header.tensors:
                 if names is not None and tensor.name not in names:
                     continue
                 if tensor.name in counts:
-                    raise InputRefused("E412", "tensor in two files", file, tensor.name)
+                    refuse_twice(tensor.name, files[tensor.name], file)
                 counts[tensor.name] = _count(handle, header, tensor)
+                files[tensor.name] = file
     return counts
 
 
-def weight_files(path: Path) -> list[Path]:
-    """The safetensors files at `path`: itself, or those directly inside the folder, by name."""
-    if not path.is_dir():
-        return [path.resolve()]
-    folder = path.resolve()
-    names = sorted(file.name for file in folder.glob("*.safetensors"))
-    if not names:
-        raise InputRefused("E407", "no safetensors file", path, right="*.safetensors in the folder")
-    return [file for name in names if (file := find_file(folder, name)) is not None]
+def refuse_twice(name: str, first: Path, second: Path) -> NoReturn:
+    """Refuse a tensor that lies in two files of a folder, of which nothing tells the right one."""
+    why = f"in {first.name} and in {second.name}"
+    raise InputRefused("E412", "tensor in two files", name, why, f"one of them: {second}")
 
 
 def blocks(handle: int, header: Header, tensor: TensorInfo) -> Iterator[memoryview]:

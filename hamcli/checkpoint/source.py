@@ -146,7 +146,7 @@ def find_bare(model: str) -> Path:
 def find_weights(path: Path) -> dict[str, Header]:
     """Name and checked header of each weight file of a folder, or of the one file at `path`.
 
-    No config is needed.
+    No config is needed; without one the only safetensors file of a folder may have any name.
 
     Raises:
         InputRefused: There are none, or they are not what they say.
@@ -156,11 +156,31 @@ def find_weights(path: Path) -> dict[str, Header]:
         if path.suffix != ".safetensors":
             _refuse_other_file(path)
         return {path.name: read_any_header(path.resolve())}
-    files, index = _weights_of(path.resolve(), _ALONE)
+    files, index = _only_file(path.resolve()) or _weights_of(path.resolve(), _ALONE)
     headers = {name: read_any_header(file) for name, file in files.items()}
     if index is not None:
         _check_index(path / INDEX, index, headers)
     return headers
+
+
+def weight_files(path: Path) -> dict[str, Path]:
+    """Name and path of the weight files of a folder, or of the one file at `path`.
+
+    Those that are loaded: model.safetensors, else the shards that the index names, else all
+    safetensors files. Many folders hold the same weights once more, in another dtype or cut.
+
+    Raises:
+        InputRefused: There are none, or a shard is missing.
+    """
+    if not path.is_dir():
+        return {path.name: path.resolve()}
+    folder = path.resolve()
+    if find_file(folder, SINGLE) is not None or find_file(folder, INDEX) is not None:
+        return _weights_of(folder, _ALONE)[0]
+    names = sorted(file.name for file in folder.glob("*.safetensors"))
+    if not names:
+        raise InputRefused("E407", "no safetensors file", path, right="*.safetensors in the folder")
+    return {name: file for name in names if (file := find_file(folder, name)) is not None}
 
 
 def _locate(model: str, offline: bool) -> tuple[Path, str | None]:
@@ -228,6 +248,15 @@ def _builtin(model: str) -> Path:
 def _way_in(folder: Path) -> str:
     """What to do with a single file by another name, where a config can be given with it."""
     return _NAMED if os.path.lexists(folder / CONFIG) else _ALONE
+
+
+def _only_file(folder: Path) -> tuple[dict[str, Path], None] | None:
+    """The one file of a folder without a config, as `ham prune` makes of a bare file."""
+    names = [one.name for one in folder.glob("*.safetensors")]
+    if len(names) != 1 or _SHARD_OF.fullmatch(names[0]) or os.path.lexists(folder / CONFIG):
+        return None
+    found = find_file(folder, names[0])
+    return ({names[0]: found}, None) if found is not None else None
 
 
 def _weights_of(folder: Path, hint: str) -> tuple[dict[str, Path], dict[str, Any] | None]:

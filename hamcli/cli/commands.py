@@ -123,7 +123,8 @@ def sparsify(
             progress=watcher,
             command=shlex.join(["ham", *sys.argv[1:]]),
         )
-    show_report(screen, report, folder, model=read.recipe.model.id)
+    named = read.recipe.model
+    show_report(screen, report, folder, model=named.id, config=named.config)
 
 
 @app.command()
@@ -161,7 +162,8 @@ def prune(
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
         report = prune_model(read, out=folder, overwrite=overwrite, progress=watcher)
-    show_report(screen, report, folder, model=read.recipe.model.id)
+    named = read.recipe.model
+    show_report(screen, report, folder, model=named.id, config=named.config)
 
 
 @app.command()

@@ -10,8 +10,22 @@ from hamcli.console import Screen, duration, facts, size, table
 from hamcli.errors import GateFailed
 
 
-def show_report(screen: Screen, report: Any, folder: Path, *, model: str | None = None) -> None:
-    """Sparsity, quality and size of a finished run; `model` as it was named, for a line to run.
+def show_report(
+    screen: Screen,
+    report: Any,
+    folder: Path,
+    *,
+    model: str | None = None,
+    config: str | None = None,
+) -> None:
+    """Sparsity, quality and size of a finished run.
+
+    Args:
+        screen: Where it is shown.
+        report: Of the run.
+        folder: Its output.
+        model: As it was named, for a line to run.
+        config: The same.
 
     Raises:
         GateFailed: E301, a gate of the report is not met.
@@ -32,8 +46,8 @@ def show_report(screen: Screen, report: Any, folder: Path, *, model: str | None 
                 ("drop", _number(quality.drop), "" if quality.higher_is_better else "relative")
             )
     else:
-        words = ["ham", "eval", str(folder), "--against", model or report.model.id]
-        rows.append(("quality", "not measured", shlex.join(words)))
+        words = _to_evaluate(report, folder, model, config)
+        rows.append(("quality", "not measured", words))
     rows.append(("size", size(report.size.dense_bytes), _other_sizes(report.size)))
     screen.result(
         report.to_dict(),
@@ -45,6 +59,14 @@ def show_report(screen: Screen, report: Any, folder: Path, *, model: str | None 
         failed = [one for one in report.gate.conditions if not one.passed]
         faults = [GateFailed("E301", "gate failed", folder, _condition(one)) for one in failed]
         raise GateFailed("E301", "gate failed", folder, faults[0].why, others=faults[1:])
+
+
+def _to_evaluate(report: Any, folder: Path, model: str | None, config: str | None) -> str:
+    """The command that measures quality, where there can be one."""
+    if report.model.task is None:
+        return "without a config.json nobody can build the model"
+    words = ["ham", "eval", str(folder), "--against", model or report.model.id]
+    return shlex.join([*words, *(["--config", config] if config else [])])
 
 
 def _other_sizes(found: Any) -> str:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from hamcli.checkpoint.inspection import EDGES, NEAR_ZERO, dense_size, inspect
 from hamcli.checkpoint.packed.files import pack_file
 from hamcli.checkpoint.recount import BLOCK_BYTES, count_zeros
+from tests.checkpoint import pico
 from tests.checkpoint.pico import entry, refusal, seeded, write_header
 from tests.oracles.safetensors_reader import read_file
 
@@ -67,6 +68,24 @@ def test_sums_are_those_of_the_tensors(tmp_path: Path) -> None:
     assert record.dtypes == {"F32": 19, "F16": 4}
     assert record.files == ("one.safetensors", "two.safetensors")
     assert record.file_bytes == sum(path.stat().st_size for path in tmp_path.iterdir())
+
+
+def test_weights_that_lie_there_once_more_are_left_out(tmp_path: Path) -> None:
+    save_file({"w": torch.zeros(4, 4)}, tmp_path / "model.safetensors")
+    save_file({"w": torch.ones(4, 4).half()}, tmp_path / "model.fp16.safetensors")
+    save_file({"v": torch.ones(4, 4)}, tmp_path / "consolidated.safetensors")
+    record = inspect(tmp_path, values=True)
+    assert (record.files, record.zeros, record.total) == (("model.safetensors",), 16, 16)
+    assert list(count_zeros(tmp_path)) == ["w"]
+
+
+def test_of_shards_those_of_the_index_are_read_and_none_may_be_missing(tmp_path: Path) -> None:
+    pico.save(pico.llama(), tmp_path / "m", max_shard_size="20KB")
+    shards = inspect(tmp_path / "m").files
+    save_file({"once.more": torch.ones(4, 4)}, tmp_path / "m" / "consolidated.safetensors")
+    assert inspect(tmp_path / "m").files == shards
+    (tmp_path / "m" / shards[1]).unlink()
+    refusal("E415", shards[1], inspect, tmp_path / "m")
 
 
 def test_real_model_is_counted_as_the_recount_counts() -> None:

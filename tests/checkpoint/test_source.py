@@ -203,7 +203,6 @@ def test_other_safetensors_in_a_folder_are_pointed_at(tmp_path: Path) -> None:
         (with_config_word, False, "name the file itself: {0}/other.safetensors"),
         (with_config_word, True, "name the file itself: {0}/other.safetensors --config {0}"),
         (without_config_word, True, "rename {0}/other.safetensors to model.safetensors"),
-        (find_weights, False, "name the file itself: {0}/other.safetensors"),
         (find_weights, True, "name the file itself: {0}/other.safetensors"),
     ],
 )
@@ -216,6 +215,13 @@ def test_the_hint_names_a_config_that_is_there_and_can_be_named(
     with pytest.raises(HamError) as caught:
         open_(tmp_path)
     assert caught.value.lines()[1].strip() == "hint: " + hint.format(tmp_path)
+
+
+def test_the_only_file_of_a_folder_without_a_config_may_have_any_name(tmp_path: Path) -> None:
+    write_header(tmp_path / "other.safetensors", {})
+    assert list(find_weights(tmp_path)) == ["other.safetensors"]
+    write_header(tmp_path / "second.safetensors", {})
+    refusal("E407", "other.safetensors", find_weights, tmp_path)
 
 
 def test_who_cannot_name_a_config_is_not_told_to(single: Path) -> None:
