@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from tests.checkpoint.pico import entry, write_header
 from tests.oracles.safetensors_reader import read_file
@@ -281,6 +283,21 @@ def test_inspect_shows_a_dash_where_nothing_is_counted(tmp_path):
         assert full[-3:] == ["100.00%", "0.00%", "100.0%"]
         assert "matrices: 8 zeros of 8 (100.0000%); all: 8 of 8" in done.stdout
         assert "not counted: 8 weights of 4 or 6 bits" in done.stdout
+
+
+def test_inspect_names_what_is_not_finite_and_no_hundred_duplicates(tmp_path):
+    tensors = {f"layers.{place}.bias": torch.zeros(3) for place in range(100)}
+    tensors["w"] = torch.tensor([[1.0, -2.0, 0.0], [2.0, float("nan"), float("inf")]])
+    save_file(tensors, tmp_path / "m.safetensors")
+    lines = ham("inspect", "m.safetensors", "--values", cwd=tmp_path).stdout.splitlines()
+    assert "duplicates: layers.0.bias, layers.1.bias, layers.10.bias and 97 more" in lines
+    assert "NaN or infinite: w, 2" in lines
+    # the rms is 1.5 over the four that are finite; 1, 2 and 2 are not zero
+    (shares,) = (line for line in lines if line.startswith("of matrices, zeros aside"))
+    assert shares.split()[-8:] == [*["0.00%"] * 5, "33.33%", "100.00%", "100.00%"]
+    done = ham("inspect", "m.safetensors", "--values", "--all", cwd=tmp_path)
+    (line,) = (one for one in done.stdout.splitlines() if one.startswith("duplicates"))
+    assert line.count("layers.") == 100
 
 
 def test_packed_and_back_is_bit_for_bit_and_both_are_read(sparse, tmp_path):

@@ -376,7 +376,7 @@ def _with_values(
     if one.dtype not in FLOATS:
         advance(tensor_bytes(tensor))
         return replace(made, fits={})
-    rms = math.sqrt(squares / one.total)
+    rms = math.sqrt(squares / max(1, one.total - nonfinite))
     histogram = _histogram(shard, tensor, rms, zeros, nonfinite, advance)
     return replace(
         made,

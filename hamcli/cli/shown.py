@@ -1,13 +1,19 @@
 """What commands show on a terminal: records as tables and lines."""
 
 import shlex
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 from hamcli import __version__
 from hamcli.console import Screen, duration, facts, size, table
 from hamcli.errors import GateFailed
+
+LINES_SHOWN = 10
+NAMES_SHOWN = 3
+"""Sets of duplicates, and names in a line, that `ham inspect` shows without --all."""
 
 
 def show_report(
@@ -170,8 +176,11 @@ def show_inspection(screen: Screen, found: Any, *, each: bool) -> None:
         asdict(found),
         table(columns, [_tensor_row(one, each, with_values) for one in shown]),
         *(f"tied: {one.name} is also {', '.join(one.tied)}" for one in found.tensors if one.tied),
-        *(f"duplicates: {', '.join(names)}" for names in found.duplicates or ()),
-        *(_zero_lines(found) if with_values else ["zeros, N:M fit and duplicates: --values"]),
+        *(
+            _value_lines(found, each)
+            if with_values
+            else ["zeros, magnitudes, N:M fit and duplicates: --values"]
+        ),
         f"{len(found.tensors):,} tensors, {found.total:,} weights, "
         f"{size(found.file_bytes)} in {len(found.files)} file(s)",
     )
@@ -198,6 +207,36 @@ def _tensor_row(one: Any, each: bool, with_values: bool) -> tuple[str, ...]:
 
 def _share(value: float | None, digits: int) -> str:
     return "-" if value is None else f"{value:.{digits}%}"
+
+
+def _value_lines(found: Any, each: bool) -> list[Any]:
+    """What values tell beside the table: duplicates, what is not finite, magnitudes, zeros."""
+    same = [f"duplicates: {_listed(names, each)}" for names in found.duplicates]
+    if not each and len(same) > LINES_SHOWN:
+        same[LINES_SHOWN:] = [f"{len(same) - LINES_SHOWN:,} more sets of duplicates: --all"]
+    broken = [f"{one.name}, {one.nonfinite:,}" for one in found.tensors if one.nonfinite]
+    bad = [f"NaN or infinite: {_listed(broken, each, '; ')}"] if broken else []
+    return [*same, *bad, *_magnitude_table(found), *_zero_lines(found)]
+
+
+def _listed(names: Sequence[str], each: bool, between: str = ", ") -> str:
+    if each or len(names) <= NAMES_SHOWN:
+        return between.join(names)
+    return f"{between.join(names[:NAMES_SHOWN])} and {len(names) - NAMES_SHOWN:,} more"
+
+
+def _magnitude_table(found: Any) -> list[Any]:
+    """Share of the weights in matrices, zeros aside, below each edge of the histograms."""
+    from hamcli.checkpoint.inspection import EDGES
+
+    bins = [one.histogram for one in found.tensors if one.histogram and len(one.shape) >= 2]
+    counts = [sum(column) for column in zip(*bins, strict=True)]
+    if not sum(counts):
+        return []
+    below = list(accumulate(counts))[: len(EDGES)]
+    columns = ["magnitude over rms", *(f"< {edge:g}" for edge in EDGES)]
+    shares = [f"{one / sum(counts):.2%}" for one in below]
+    return ["", table(columns, [["of matrices, zeros aside", *shares]]), ""]
 
 
 def _zero_lines(found: Any) -> list[str]:
