@@ -8,7 +8,7 @@ stores its weights in other parts goes the road through memory, and a line says 
 import json
 import os
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from hamcli import __version__
@@ -23,7 +23,7 @@ from hamcli.checkpoint.folder import (
     read_bytes,
     sha256,
 )
-from hamcli.checkpoint.headers import Header, TensorInfo
+from hamcli.checkpoint.headers import DTYPE_BITS, FLOATS, Header, TensorInfo
 from hamcli.checkpoint.packed.folders import pack_in_place, unmark_config
 from hamcli.checkpoint.recount import count_zeros
 from hamcli.checkpoint.sidefiles import copy_side_files, pretty
@@ -58,6 +58,8 @@ NATIVE_FROM = 32 * 2**20
 """Bytes of targets from which building the C++ library saves more time than it takes."""
 WEIGHED_UP_TO = 256 * 2**20
 """Dense bytes up to which the packed and the gzip size are computed, which takes long."""
+QUANTISED = {"I8", *(name for name in DTYPE_BITS if name[0] == "F" and name not in FLOATS)}
+"""Dtypes of weights that no magnitude orders: their scales lie elsewhere."""
 HASHED_UP_TO = 2**30
 """Dense bytes up to which weight files are hashed: it costs as much as all the rest."""
 
@@ -186,6 +188,9 @@ class _OpenedFiles:
             _refuse_other_task(recipe, self.source)
         self.stamps = _stamps(weights.values())
         self.shards = open_shards(weights)
+        self.warnings = _warnings(self.shards)
+        for text in self.warnings:
+            progress.warn(text)
         self.targets = self._targets(read)
         self.recipe = self._resolved(recipe)
         self.parts = parts_of(self.targets, self.shards)
@@ -339,7 +344,8 @@ class _OpenedFiles:
             size=self._sizes(stage),
             gate=_gate(self.recipe.gate.min_sparsity, sparsity.achieved),
             command="prune",
-            warnings=() if is_small else (f"weights above {HASHED_UP_TO >> 30} GiB: not hashed",),
+            warnings=self.warnings
+            + (() if is_small else (f"weights above {HASHED_UP_TO >> 30} GiB: not hashed",)),
         )
 
     def _num_parameters(self) -> int:
@@ -380,6 +386,20 @@ class _OpenedFiles:
             architecture=str(architectures[0]) if architectures else None,
             is_hub=source is not None and source.revision is not None,
         )
+
+
+def _warnings(shards: Sequence[Shard]) -> tuple[str, ...]:
+    """That quantised weights stay as they are, and are not among the parameters counted."""
+    left = [
+        tensor.dtype
+        for shard in shards
+        for tensor in shard.header.tensors
+        if len(tensor.shape) >= 2 and tensor.dtype in QUANTISED
+    ]
+    if not left:
+        return ()
+    kinds = ", ".join(sorted(set(left)))
+    return (f"{len(left):,} tensor(s) in {kinds} are neither pruned nor counted",)
 
 
 def _refuse_other_task(recipe: Recipe, source: Source) -> None:

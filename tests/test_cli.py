@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import save_file
 
+from hamcli.cli.exits import exit_code
 from tests.checkpoint.pico import entry, write_header
 from tests.oracles.safetensors_reader import read_file
 
@@ -270,6 +272,14 @@ def test_a_result_lost_on_a_full_disk_is_an_error(words, unbuffered, tmp_path):
     assert done.returncode == 5
     assert_clean_error(done, "E506]: the system refused")
     assert "Exception ignored" not in done.stderr
+
+
+def test_ctrl_c_where_nothing_is_saved_has_its_line(capsys):
+    def interrupted():
+        raise typer.Abort  # what a command makes of KeyboardInterrupt
+
+    assert exit_code(interrupted) == 130
+    assert capsys.readouterr().err == "\nham: interrupted before anything was saved\n"
 
 
 def test_inspect_shows_a_dash_where_nothing_is_counted(tmp_path):

@@ -177,6 +177,23 @@ def test_a_bare_file_is_cut_exactly_with_ties_by_position(dtype, other, target, 
     assert [one.name for one in report.tensors] == names
 
 
+def test_weights_in_quantised_dtypes_are_left_alone_and_told(tmp_path):
+    path = tmp_path / "m.safetensors"
+    entries = {
+        "a": entry("F8_E4M3", [2, 4], 0, 8),
+        "b": entry("I8", [2, 4], 8, 16),
+        "mask": entry("BOOL", [2, 4], 16, 24),
+        "w": entry("F32", [2, 4], 24, 56),
+    }
+    write_header(
+        path, entries, np.arange(24, dtype=np.uint8).tobytes() + np.ones(8, "f4").tobytes()
+    )
+    report = by_files(path, tmp_path / "out", **{"sparsity.target": 0.5})
+    assert report.warnings == ("2 tensor(s) in F8_E4M3, I8 are neither pruned nor counted",)
+    assert (report.sparsity.zeros, report.sparsity.num_parameters) == (4, 8)
+    assert (tmp_path / "out" / "m.safetensors").read_bytes()[-56:-32] == bytes(range(24))
+
+
 @pytest.mark.parametrize("allocation", ["uniform", "erk"])
 def test_zeros_that_are_there_count_towards_the_target_and_are_told(allocation, tmp_path):
     sparse = np.arange(1.0, 17.0).reshape(4, 4)

@@ -27,13 +27,17 @@ def exit_code(command: Callable[[], object]) -> int:
             ignore_signals()  # a scheduler that asks twice must not change the exit code
         return _told(error)
     except KeyboardInterrupt:
-        sys.stderr.write("\nham: interrupted before anything was saved\n")
-        return 130
+        return _interrupted()
     except BrokenPipeError:
         return 0
     except Exception as error:  # noqa: BLE001 - the one place that catches: one line, not a trace
         return _unknown(error)
     return code if isinstance(code, int) else 0
+
+
+def _interrupted() -> int:
+    sys.stderr.write("\nham: interrupted before anything was saved\n")
+    return 130
 
 
 def _unknown(error: Exception) -> int:
@@ -44,8 +48,8 @@ def _unknown(error: Exception) -> int:
             return 2
         why = " ".join(error.format_message().split())
         return _told(UsageError("E101", why, hints=["ham --help, or ham COMMAND --help"]))
-    if type(error).__name__ == "Abort":
-        return 130
+    if type(error).__name__ == "Abort":  # what Typer makes of Ctrl-C
+        return _interrupted()
     known = foreseen(error)
     if known is not None:
         return _told(known)

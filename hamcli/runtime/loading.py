@@ -45,14 +45,16 @@ def load(
             choice is made when they first come.
 
     Raises:
-        UsageError: There is no such runtime, or it cannot be had here.
+        UsageError: There is no such runtime or dtype, or the runtime cannot be had here.
         InputRefused: The model is not there, or not what it says. E475, it has no module that is
             2:4 as torch takes it, or is not in half precision.
     """
-    from hamcli.checkpoint.loading import load_model
+    from hamcli.checkpoint.loading import DTYPE_NAMES, load_model
     from hamcli.checkpoint.source import find_model
 
     _check(runtime)
+    if dtype not in ("auto", *DTYPE_NAMES):
+        raise UsageError("E125", "no such dtype", dtype, right=" or ".join(["auto", *DTYPE_NAMES]))
     source = find_model(str(model), hashed=False, takes_config=False)
     loaded = load_model(source, task, dtype=dtype).model.eval()
     if runtime == SEMI_STRUCTURED:

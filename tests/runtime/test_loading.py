@@ -79,3 +79,9 @@ def test_a_damaged_or_unwritable_cache_of_times_is_no_obstacle(folder, tmp_path,
 def test_a_runtime_that_is_none_is_refused_before_the_model_is_looked_for():
     with pytest.raises(UsageError, match="E123"):
         hamcli.load("no/model", "fastest")
+
+
+@pytest.mark.parametrize("dtype", ["half", "", torch.float16])
+def test_a_dtype_that_is_none_is_refused_with_those_that_are(dtype):
+    with pytest.raises(UsageError, match=r"E125.*bfloat16"):
+        hamcli.load("no/model", dtype=dtype)
