@@ -2,8 +2,9 @@
 
 The library lies in the user's cache under a name made of everything that it depends on: sources,
 flags, compiler, torch. One process builds while others wait; a finished library appears in one
-rename. Whatever stands in the way becomes `CannotBuild` with one line that says it. torch is
-imported only where the extension needs it; `plain` builds a library without.
+rename, and one that is no longer whole is built anew. Whatever stands in the way becomes
+`CannotBuild` with one line that says it. torch is imported only where the extension needs it;
+`plain` builds a library without.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ def find_built() -> Path | None:
         library = cache_folder() / _key(find_compiler(), compile_flags()) / LIBRARY
     except (CannotBuild, OSError):
         return None
-    return library if library.exists() else None
+    return library if _is_whole(library) else None
 
 
 def build(note: Callable[[str], None] | None = None) -> Path:
@@ -73,25 +74,45 @@ def built_once(library: Path, make: Callable[[], None]) -> Path:
     """The library, made if it is not there yet, by one process while others wait.
 
     Args:
-        library: Its path; it alone lies in its folder, which is made.
+        library: Its path; only what belongs to it lies in its folder, which is made.
         make: Puts it there, in one rename.
 
     Raises:
         CannotBuild: It failed, took too long, or the folder cannot be written.
     """
-    if library.exists():
+    if _is_whole(library):
         return library
     folder = library.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder / "lock", timeout=WAIT_SECONDS):
-            if not library.exists():
+            if not _is_whole(library):
                 make()
+                _sum_file(library).write_text(_sum(library), encoding="ascii")
     except Timeout:
         raise CannotBuild(f"another process has been building it for {WAIT_SECONDS} s") from None
     except OSError as error:
         raise CannotBuild(f"{folder} cannot be written: {error.strerror or error}") from error
     return library
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the library is as it was built: to load a part of one ends the process by SIGBUS.
+
+    A machine that loses its power soon after the rename may keep the name and lose the bytes.
+    """
+    try:
+        return _sum_file(library).read_text(encoding="ascii") == _sum(library)
+    except (OSError, ValueError):
+        return False
+
+
+def _sum_file(library: Path) -> Path:
+    return library.with_suffix(".sha256")
+
+
+def _sum(library: Path) -> str:
+    return hashlib.sha256(library.read_bytes()).hexdigest()
 
 
 def find_compiler() -> str:

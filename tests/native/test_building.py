@@ -106,6 +106,17 @@ def test_a_built_library_is_found_again(fresh, monkeypatch):
     assert log.read_text().count("started") == len(building.SOURCES) + 1
 
 
+@pytest.mark.parametrize("lost", ["library", "sum"])
+def test_a_library_that_is_no_longer_whole_is_built_anew(fresh, monkeypatch, lost):
+    log = fake_compiler(monkeypatch, fresh)
+    library = building.build()
+    (library if lost == "library" else building._sum_file(library)).write_bytes(b"a part")
+    assert building.find_built() is None
+    assert building.build() == library
+    assert log.read_text().count("started") == 2 * (len(building.SOURCES) + 1)
+    assert building.find_built() == library
+
+
 def test_the_name_depends_on_flags_and_compiler(fresh, monkeypatch):
     fake_compiler(monkeypatch, fresh)
     compiler = building.find_compiler()
