@@ -15,7 +15,7 @@ from hamcli.data import batch
 from hamcli.memory import Memory, memory_of
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, objective_of, open_run, rules_of
-from hamcli.parallel.launch import settled_parallel
+from hamcli.parallel.launch import planned_parallel
 from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
 from hamcli.parallel.parts import refuse_uneven_batch
 from hamcli.parallel.shards import blocks_of
@@ -86,8 +86,7 @@ def plan(read: ReadRecipe, progress: Progress, world: int = 1) -> Plan:
     Raises:
         RecipeError: E241, E242, E244 and E245: several processes cannot do this, or one cannot.
     """
-    word = read.recipe.training.parallel
-    parallel = settled_parallel(word, {"WORLD_SIZE": str(world)})
+    parallel = planned_parallel(read.recipe.training.parallel, world)
     refuse_uneven_batch(read.recipe.training.batch_size, world)
     if parallel == "fsdp":
         refuse_unsharded(read.recipe)

@@ -85,6 +85,33 @@ def settled_parallel(word: str, environment: Mapping[str, str] | None = None) ->
     return word
 
 
+def planned_parallel(word: str, world: int) -> str:
+    """What `training.parallel` would mean for `world` processes: none, ddp or fsdp.
+
+    Raises:
+        RecipeError: E241, several processes are wanted and there is one; E242, the other way round.
+    """
+    if word == "auto":
+        return "ddp" if world > 1 else "none"
+    if word == "none" and world > 1:
+        raise RecipeError(
+            "E242",
+            "several processes are planned for a run of one",
+            "training.parallel",
+            f"none, and --world is {world}",
+            "ddp or fsdp, or no --world",
+        )
+    if word != "none" and world == 1:
+        raise RecipeError(
+            "E241",
+            "there is one process only",
+            "training.parallel",
+            f"{word}, and --world is 1",
+            "--world N, how many would train together",
+        )
+    return word
+
+
 def _refuse_nonsense(found: Mapping[str, str]) -> None:
     size, rank = found.get("WORLD_SIZE", ""), found.get("RANK", "")
     if not size:

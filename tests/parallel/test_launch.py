@@ -14,7 +14,13 @@ import pytest
 from hamcli.errors import InputRefused, RecipeError, ResourceError, UsageError
 from hamcli.parallel import launch, world
 from hamcli.parallel import mates as mates_
-from hamcli.parallel.launch import Launch, launched, refuse_several, settled_parallel
+from hamcli.parallel.launch import (
+    Launch,
+    launched,
+    planned_parallel,
+    refuse_several,
+    settled_parallel,
+)
 from hamcli.parallel.mates import LONGEST, MateFailed, Mates, News, _news_of, error_of
 from hamcli.parallel.parts import fingerprint, part_of, refuse_uneven_batch
 from tests.parallel.pico import ALBERT, environment
@@ -93,6 +99,16 @@ def test_the_recipe_or_the_launcher_says_how(word, more, kind):
 def test_a_launch_that_is_not_what_was_asked_for_is_refused(word, said, code):
     with pytest.raises(RecipeError, match=code):
         settled_parallel(word, said)
+
+
+def test_a_plan_is_told_of_its_own_option_and_not_of_a_launcher():
+    assert [planned_parallel(*said) for said in (("auto", 1), ("auto", 2), ("fsdp", 2))] == [
+        "none", "ddp", "fsdp",
+    ]  # fmt: skip
+    with pytest.raises(RecipeError, match=r"E241.*fsdp, and --world is 1 \(--world N"):
+        planned_parallel("fsdp", 1)
+    with pytest.raises(RecipeError, match=r"E242.*none, and --world is 2 .*no --world"):
+        planned_parallel("none", 2)
 
 
 def test_other_commands_run_in_one_process(monkeypatch):
