@@ -114,8 +114,8 @@ def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
         assert inputs is not None
         return prune_layers_(section.method, targets, rules, inputs)
     nonzero = nonzero_masks(targets)
-    activation = activation_score(targets, inputs) if inputs is not None else None
-    score = make_score(section.score, targets, opened.recipe.training.seed, activation)
+    of_run = {"wanda": activation_score(targets, inputs)} if inputs is not None else {}
+    score = make_score(section.score, targets, opened.recipe.training.seed, of_run)
     due = zeros_at_end(targets, rules, nonzero)
     masks = choose_masks(targets, rules, due, masks=nonzero, score=score)
     apply_masks_(targets, masks)

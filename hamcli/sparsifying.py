@@ -36,7 +36,7 @@ from hamcli.signals import Stop
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
 from hamcli.sparsity.masks import apply_masks_, prune_masks
-from hamcli.sparsity.score import Score
+from hamcli.sparsity.score import Score, make_fisher
 from hamcli.sparsity.targets import Targets, select_targets
 from hamcli.training import (
     Engine,
@@ -84,7 +84,8 @@ class Sparsification:
         self.device = self.accelerator.device
         self.history = History()
         self.outliers: list[float] | None = None
-        self.activation: Score | None = None
+        self.optimizer: HAM | None = None
+        self.scores: dict[str, Score] = {"fisher": make_fisher(self._second_moment)}
         self.teacher = self._place()
 
     def work(self, track: Callable[[StepRecord], None] = lambda record: None) -> Report | None:
@@ -111,7 +112,7 @@ class Sparsification:
         course = self._course()
         self._prepare_step()
         self._stop_here()
-        optimizer = self._optimizer(course)
+        optimizer = self.optimizer = self._optimizer(course)
         seconds = self._train(objective, optimizer, course, teacher)
         self.model.eval()
         trained = Trained(
@@ -219,7 +220,7 @@ class Sparsification:
         inputs = calibrate(self.opened, self.device, full=False)
         # the score reads the weights of the moment; the shares of outliers are the dense model's
         self.outliers = outliers(self.targets, inputs)
-        self.activation = activation_score(self.targets, inputs)
+        self.scores["wanda"] = activation_score(self.targets, inputs)
 
     def _one_shot(self, teacher: nn.Module | None) -> Quality | None:
         """Quality of pruning as far in one shot; the model is left as it was."""
@@ -271,8 +272,11 @@ class Sparsification:
             steps=recipe.training.steps,
             seed=recipe.training.seed,
             outliers=self.outliers,
-            activation=self.activation,
+            of_run=self.scores,
         )
+
+    def _second_moment(self, param: Tensor) -> Tensor | None:
+        return None if self.optimizer is None else self.optimizer.second_moment(param)
 
     def _optimizer(self, course: Course) -> HAM:
         section = self.recipe.optimizer

@@ -52,6 +52,21 @@ def test_a_method_stopped_and_resumed_gives_the_bytes_of_one_run(method, tmp_pat
     assert report.training.ham is not None
 
 
+@pytest.mark.parametrize("method", ["gradual", "cyclic"])
+def test_fisher_scores_go_on_where_they_stopped_and_choose_other_weights(method, tmp_path):
+    fisher = {"sparsity.score": "fisher"}
+    for name, settings in (("one", fisher), ("plain", {})):
+        exact(run(tmp_path / name, method=method, settings=settings))
+    with pytest.raises(Preempted):
+        run(tmp_path / "two", method=method, settings=fisher, progress=StopsAt(3))
+    exact(run(tmp_path / "two", method=method, settings=fisher, resume=True))
+    one, two, plain = (
+        (tmp_path / name / "model.safetensors").read_bytes() for name in ("one", "two", "plain")
+    )
+    assert one == two
+    assert one != plain
+
+
 @pytest.mark.parametrize("method", ["ac-dc", "str", "pilot"])
 def test_a_method_goes_without_ham(method, tmp_path):
     assert exact(run(tmp_path / "out", method=method, settings=OFF)).training.ham is None
@@ -84,6 +99,8 @@ def test_several_targets_give_a_folder_each_also_when_resumed(tmp_path):
     [
         {"sparsity.score": "first-order", "sparsity.method": "one-shot"},
         {"sparsity.score": "first-order"},
+        {"sparsity.score": "fisher"},
+        {"sparsity.score": "fisher", "sparsity.method": "ac-dc"},
         {"sparsity.score": "random"},
         {"sparsity.score": "wanda", "sparsity.method": "one-shot"},
         {"sparsity.allocation": "lamp"},

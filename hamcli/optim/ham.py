@@ -403,6 +403,14 @@ class HAM(torch.optim.Optimizer):
             local(state["ham_mask"]).copy_(local(mask))
             _mask_(param, state)
 
+    def second_moment(self, param: Tensor) -> Tensor | None:
+        """Adam's running mean of the squared gradients, uncorrected; None before the first step.
+
+        Of masked weights too: their gradients still count.
+        """
+        moment: Tensor | None = self.state.get(param, {}).get("exp_avg_sq")
+        return moment
+
     def masks(self) -> dict[Tensor, Tensor]:
         """The masks in force, True where the weight is kept."""
         return {p: state["ham_mask"] for p, state in self.state.items() if "ham_mask" in state}

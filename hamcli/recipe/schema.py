@@ -30,6 +30,7 @@ Method = Literal[
     "ast", "wanda", "sparsegpt",
 ]  # fmt: skip
 WITHOUT_TRAINING = ("wanda", "sparsegpt")
+FISHER_METHODS = ("gradual", "ac-dc", "cyclic")
 
 
 class Section(BaseModel):
@@ -153,8 +154,10 @@ class SparsitySection(Section):
         None, description="of ast: sparsities of one run, rising to target; a result each"
     )
     method: Method = Field("gradual", description="wanda and sparsegpt: of ham prune only")
-    score: Literal["magnitude", "first-order", "random", "wanda"] = Field(
-        "magnitude", description="what makes a weight important"
+    score: Literal["magnitude", "fisher", "first-order", "random", "wanda"] = Field(
+        "magnitude",
+        description="what makes a weight important; fisher: |w| times the root mean square of its "
+        "gradients, which Adam keeps",
     )
     allocation: Literal["auto", "global", "uniform", "erk", "lamp", "owl"] = Field(
         "auto", description="who loses how many; auto = erk for random and rigl, else global"
@@ -195,6 +198,12 @@ class SparsitySection(Section):
         if self.score == "wanda" and self.method not in ("one-shot", *WITHOUT_TRAINING):
             raise PydanticCustomError(
                 "score", "score wanda needs a method that prunes once: one-shot"
+            )
+        if self.score == "fisher" and self.method not in FISHER_METHODS:
+            raise PydanticCustomError(
+                "score",
+                "score fisher needs steps before weights go: method {methods}",
+                {"methods": ", ".join(FISHER_METHODS)},
             )
         if self.pattern.startswith("block") and self.pattern == "block:1x1":
             raise PydanticCustomError("pattern", "block:1x1 is unstructured")
@@ -310,6 +319,10 @@ class Recipe(Section):
                 "precision",
                 "fp16 scales gradients, which {what} cannot undo: bf16 or fp32",
                 {"what": self.sparsity.method if by_hand else "sam"},
+            )
+        if self.sparsity.score == "fisher" and self.optimizer.base == "sgd":
+            raise PydanticCustomError(
+                "score", "score fisher reads the second moments of base adamw or adam; sgd has none"
             )
         return self
 

@@ -1,6 +1,7 @@
 """The course of each method, by name, from what a recipe says of sparsity."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from torch import nn
 
@@ -24,7 +25,7 @@ def make_course(
     steps: int,
     seed: int,
     outliers: Sequence[float] | None = None,
-    activation: Score | None = None,
+    of_run: Mapping[str, Score] = MappingProxyType({}),
 ) -> Course:
     """What becomes of the weights in one run.
 
@@ -35,7 +36,7 @@ def make_course(
         steps: Optimizer steps of the run.
         seed: Of random scores.
         outliers: Share of outliers of each target's layer; needed by owl.
-        activation: The score `wanda`.
+        of_run: Scores that only a run can make, by name: fisher, wanda.
 
     Raises:
         RecipeError: As `make_sparsifier`.
@@ -55,7 +56,7 @@ def make_course(
             update_every=words.update_every,
             min_sparsity=min(words.min_sparsity, target),
             max_sparsity=words.max_sparsity,
-            score=make_score(kind, on, seed, activation),
+            score=make_score(kind, on, seed, of_run),
             outliers=outliers,
             phase=words.phase,
             drop_fraction=words.drop_fraction,
@@ -81,11 +82,8 @@ def make_course(
     return Course(targets, sparsifier(targets))
 
 
-def make_score(kind: str, targets: Targets, seed: int, activation: Score | None = None) -> Score:
-    """The score of a name: magnitude, first-order, random or wanda."""
+def make_score(kind: str, targets: Targets, seed: int, of_run: Mapping[str, Score]) -> Score:
+    """The score of a name: magnitude, first-order, random, or one `of_run`."""
     if kind == "random":
         return make_random(targets, seed)
-    if kind == "wanda":
-        assert activation is not None, "wanda is made by activations"
-        return activation
-    return first_order if kind == "first-order" else magnitude
+    return {"magnitude": magnitude, "first-order": first_order, **of_run}[kind]

@@ -36,6 +36,28 @@ def first_order(param: Tensor) -> Tensor:
     return (param.detach() * param.grad).abs().nan_to_num()
 
 
+def make_fisher(second_moment: Callable[[Tensor], Tensor | None]) -> Score:
+    """|w| sqrt(E[g^2]): how much the loss gains when w goes, by the diagonal of the Fisher matrix.
+
+    Optimal Brain Damage (LeCun et al. 1989) with the empirical Fisher matrix in place of the
+    Hessian (Theis et al., arXiv 1801.05787); the square root orders as the gain does. Unlike
+    |w| it compares layers whose weights or inputs are of other sizes.
+
+    Args:
+        second_moment: A weight to the running mean of its squared gradients, of its shape, which
+            Adam keeps anyway; None before the first step, when |w| is the score.
+    """
+
+    @torch.no_grad()
+    def fisher(param: Tensor) -> Tensor:
+        moment = second_moment(param)
+        if moment is None:
+            return magnitude(param)
+        return (moment.sqrt() * param.detach()).abs().nan_to_num()
+
+    return fisher
+
+
 def make_random(targets: "Sequence[Target]", seed: int) -> Score:
     """Uniform in [0, 1), fp32: the same for a tensor at each asking, made of seed and place."""
     places = {id(target.param): place for place, target in enumerate(targets)}

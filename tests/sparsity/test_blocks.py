@@ -9,7 +9,7 @@ from hamcli.sparsity.allocate import allocate
 from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.masks import num_dropped, prune_masks
 from hamcli.sparsity.rules import make_rules
-from hamcli.sparsity.score import first_order, layer_adaptive, make_random
+from hamcli.sparsity.score import first_order, layer_adaptive, make_fisher, make_random
 from hamcli.sparsity.targets import Target, Targets
 
 
@@ -156,6 +156,16 @@ def test_first_order_is_the_change_of_the_loss():
     x = torch.tensor([3.0, 1.0])
     (w @ x).sum().backward()
     assert torch.equal(first_order(w), torch.tensor([[3.0, 2.0], [1.5, 0.0]]))
+
+
+def test_fisher_is_the_root_of_what_the_loss_gains_and_magnitude_before_the_first_step():
+    w = torch.tensor([[1.0, -2.0], [0.5, 0.0]])
+    moments = {id(w): torch.tensor([[9.0, 0.25], [0.0, 4.0]])}
+    score = make_fisher(lambda param: moments.get(id(param)))
+    # w^2 g^2 is [[9, 1], [0, 0]]
+    assert torch.equal(score(w), torch.tensor([[3.0, 1.0], [0.0, 0.0]]))
+    moments.clear()
+    assert torch.equal(score(w), w.abs())
 
 
 def test_random_scores_are_the_same_at_each_asking_and_differ_by_seed_and_tensor():
