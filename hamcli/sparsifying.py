@@ -94,7 +94,6 @@ class Sparsification:
         Args:
             track: Told of every step.
         """
-        self.track = track
         self._stop_here()
         objective = objective_of(self.opened)
         for note in objective.notes:
@@ -108,12 +107,12 @@ class Sparsification:
         dense = self._measure(self.model, teacher) if teacher is not None else None
         self._look_at_inputs()
         one_shot = self._one_shot(teacher)
-        self.empty_loss = self._empty_loss(objective)
+        empty_loss = self._empty_loss(objective)
         course = self._course()
         self._prepare_step()
         self._stop_here()
         optimizer = self.optimizer = self._optimizer(course)
-        seconds = self._train(objective, optimizer, course, teacher)
+        seconds = self._train(objective, optimizer, course, empty_loss, track)
         self.model.eval()
         trained = Trained(
             self.model,
@@ -311,13 +310,54 @@ class Sparsification:
         objective: Objective,
         optimizer: HAM,
         course: Course,
-        teacher: nn.Module | None,
+        empty_loss: float,
+        track: Callable[[StepRecord], None],
     ) -> float:
-        training, section = self.recipe.training, self.recipe.optimizer
-        pairs = self._balanced_pairs(course)
+        """Train from the start, or from the newest run checkpoint; seconds in all sessions."""
+        training = self.recipe.training
+        hooks = self._hooks(objective, optimizer, course)
         done = self._resume(optimizer, course)
         state = self._state(optimizer, course)
         self._preflight()
+        engine = make_engine(
+            self.accelerator,
+            self.model,
+            optimizer,
+            is_sharded=self.world.is_sharded,
+            has_idle=self.world.kind == "ddp" and has_idle_parameters(self.model, hooks),
+            has_dropout=objective.keeps_dropout(training.dropout),
+        )
+        if done == 0:
+            self._begin(engine, hooks, optimizer, course)
+        if hooks.measures(done + 1):
+            optimizer.measure_next_step()
+        began = time.monotonic() - self.history.seconds_before
+        self.progress.begin_steps(
+            steps=training.steps, done=done, target=self.recipe.sparsity.target
+        )
+        try:
+            for record in train(
+                engine,
+                hooks,
+                first_step=done + 1,
+                last_step=training.steps,
+                accumulation=training.accumulation,
+                max_grad_norm=self.recipe.optimizer.max_grad_norm,
+                seed=training.seed,
+            ):
+                self.history.records.append(record)
+                track(record)
+                self.progress.step(record)
+                self._between_steps(record, state, time.monotonic() - began, empty_loss)
+        finally:
+            self.progress.end_steps()
+        self._look_for_collapse()
+        return time.monotonic() - began
+
+    def _hooks(self, objective: Objective, optimizer: HAM, course: Course) -> Hooks:
+        """What the loop asks for at each step."""
+        training, section = self.recipe.training, self.recipe.optimizer
+        pairs = self._balanced_pairs(course)
         every = max(1, training.steps // MEASURED_STEPS)
 
         def after_step(step: int) -> float:
@@ -336,12 +376,12 @@ class Sparsification:
                 self.shards.show_gradients(self.targets)
             course.after_backward(step)
 
-        hooks = Hooks(
+        return Hooks(
             batch_at=lambda micro: batch(
                 self.data, micro, batch_size=training.batch_size, seed=training.seed
             ),
             loss_of=lambda model, values, whole: objective(
-                model, values, teacher, self._part(whole)
+                model, values, self.teacher, self._part(whole)
             ),
             lr_at=in_cycles(
                 lambda steps: warm_up_and_decay(
@@ -362,51 +402,30 @@ class Sparsification:
             total=self.world.total if self.world.is_sharded else float,
             rank=self.world.rank,
         )
-        engine = make_engine(
-            self.accelerator,
-            self.model,
-            optimizer,
-            is_sharded=self.world.is_sharded,
-            has_idle=self.world.kind == "ddp" and has_idle_parameters(self.model, hooks),
-            has_dropout=objective.keeps_dropout(training.dropout),
-        )
-        if done == 0:
-            self._begin(engine, hooks, optimizer, course)
-        if (done + 1) % every == 0:
-            optimizer.measure_next_step()
-        began = time.monotonic()
-        self.progress.begin_steps(
-            steps=training.steps, done=done, target=self.recipe.sparsity.target
-        )
-        try:
-            for record in train(
-                engine,
-                hooks,
-                first_step=done + 1,
-                last_step=training.steps,
-                accumulation=training.accumulation,
-                max_grad_norm=section.max_grad_norm,
-                seed=training.seed,
-            ):
-                self.history.records.append(record)
-                self.track(record)
-                self.progress.step(record)
-                seconds = self.history.seconds_before + time.monotonic() - began
-                is_due = record.step % training.checkpoint_every == 0
-                stop = self._stop_agreed()
-                # the last one lets a run that ends while it writes its result go on from here
-                if stop is not None or is_due or record.step == training.steps:
-                    save(self.run, state, self.history, record.step, seconds)
-                    stop = stop or self._stop_agreed()  # one that came while saving
-                refuse_high_loss(self.history.records, self.empty_loss)
-                if record.exponent_mean is not None:
-                    self._look_for_collapse()
-                if stop is not None:
-                    raise self._stopped(stop)
-        finally:
-            self.progress.end_steps()
-        self._look_for_collapse()
-        return self.history.seconds_before + time.monotonic() - began
+
+    def _between_steps(
+        self, record: StepRecord, state: State, seconds: float, empty_loss: float
+    ) -> None:
+        """Save where that is due; end a run that went astray, or that a signal stops.
+
+        Args:
+            record: Of the step just done.
+            state: After it.
+            seconds: Of training, in all sessions.
+            empty_loss: Loss of the model without its target weights.
+        """
+        training = self.recipe.training
+        stop = self._stop_agreed()
+        is_due = record.step % training.checkpoint_every == 0
+        # the last one lets a run that ends while it writes its result go on from here
+        if stop is not None or is_due or record.step == training.steps:
+            save(self.run, state, self.history, record.step, seconds)
+            stop = stop or self._stop_agreed()  # one that came while saving
+        refuse_high_loss(self.history.records, empty_loss)
+        if record.exponent_mean is not None:
+            self._look_for_collapse()
+        if stop is not None:
+            raise self._stopped(stop)
 
     def _look_for_collapse(self) -> None:
         """Warn once, as soon as it is seen, for who would rather not wait for the end."""
