@@ -226,7 +226,7 @@ class Conclusion:
             environment=self.environment,
             sparsity=sparsity,
             tensors=tensors,
-            files=outcome.file_records(written.stage, written.files),
+            files=written.files,
             size=size_record(written.stage, self.opened.source.weights),
             quality=quality,
             speed=speed[0],

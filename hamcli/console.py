@@ -128,11 +128,10 @@ class Screen:
         self._results.write(text.rstrip("\n") + "\n")
         self._results.flush()
 
-    def watcher(self, command: str) -> "LiveWatcher | PlainWatcher":
+    def watcher(self) -> "LiveWatcher | PlainWatcher":
         """Who shows the progress of a long job here."""
         live = self._err.is_terminal and not self._err.is_dumb_terminal and not self.quiet
-        kind = LiveWatcher if live else PlainWatcher
-        return kind(self, self._err, command)
+        return LiveWatcher(self, self._err) if live else PlainWatcher(self)
 
     def say(self, text: str, style: str = "") -> None:
         """A line on stderr for whoever follows; not in quiet mode."""
@@ -157,7 +156,7 @@ def printable_lines(text: str) -> str:
 class PlainWatcher:
     """Progress without a terminal: at most one line in ten seconds."""
 
-    def __init__(self, screen: Screen, console: Console, command: str) -> None:
+    def __init__(self, screen: Screen) -> None:
         self._screen = screen
         self._last_line = -PLAIN_SECONDS
         self._steps, self._target = 0, 0.0
@@ -252,7 +251,7 @@ class PlainWatcher:
 class LiveWatcher:
     """Progress on a terminal: a spinner for the part under way, a bar while training."""
 
-    def __init__(self, screen: Screen, console: Console, command: str) -> None:
+    def __init__(self, screen: Screen, console: Console) -> None:
         self._screen = screen
         self._progress = Progress(
             SpinnerColumn("dots", finished_text="[green]✓"),

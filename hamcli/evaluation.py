@@ -74,7 +74,7 @@ def measure(
                     sums.add(task, logits, guide.logits if guide is not None else None, placed)
     finally:
         model.train(was_training)
-    return sums.quality(task, has_labels, teacher is not None)
+    return sums.quality(task, has_labels)
 
 
 def drop(dense: Quality, sparse: Quality) -> float:
@@ -112,7 +112,7 @@ class _Sums:
         self.right += int((rows.argmax(-1) == chosen)[kept].sum())
         self.loss += float(F.cross_entropy(rows.float(), chosen, reduction="sum"))
 
-    def quality(self, task: str, has_labels: bool, has_teacher: bool) -> Quality:
+    def quality(self, task: str, has_labels: bool) -> Quality:
         agreement = self.agreed / self.compared if self.compared else None
         loss = self.loss / self.labelled if self.labelled else None
         higher = task not in LANGUAGE

@@ -17,7 +17,7 @@ from hamcli.checkpoint.source import find_model, weight_files
 from hamcli.opening import Opened
 from hamcli.progress import Progress
 from hamcli.recipe import effective_text
-from hamcli.report.records import REPORT_NAME, Report
+from hamcli.report.records import REPORT_NAME, FileRecord, Report
 from hamcli.runstate import RunState, disk_errors, installed_versions
 
 
@@ -27,7 +27,7 @@ class Written:
 
     stage: Path
     names: dict[str, tuple[str, ...]]
-    files: tuple[tuple[str, int, str], ...]
+    files: tuple[FileRecord, ...]
 
 
 def write_folder(
@@ -67,7 +67,7 @@ def write_folder(
         (stage / "recipe.yaml").write_text(text, encoding="utf-8")
     raw = text.encode()
     files["recipe.yaml"] = len(raw), hashlib.sha256(raw).hexdigest()
-    listed = tuple((name, size, digest) for name, (size, digest) in files.items())
+    listed = tuple(FileRecord(name, size, digest) for name, (size, digest) in files.items())
     return Written(stage, made.names, listed)
 
 

@@ -18,7 +18,6 @@ from hamcli.report.records import (
     Curves,
     DataRecord,
     EnvironmentRecord,
-    FileRecord,
     GateCondition,
     GateRecord,
     HamRecord,
@@ -80,11 +79,6 @@ def sparsity_record(
         allocation=allocation,
         pattern=pattern,
     )
-
-
-def file_records(folder: Path, files: Sequence[tuple[str, int, str]]) -> tuple[FileRecord, ...]:
-    """Path, bytes and digest of each written file."""
-    return tuple(FileRecord(path, size, digest) for path, size, digest in files)
 
 
 def measured_speed(

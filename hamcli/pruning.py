@@ -76,7 +76,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             environment=outcome.environment_record(device, "no"),
             sparsity=sparsity,
             tensors=tensors,
-            files=outcome.file_records(written.stage, written.files),
+            files=written.files,
             size=size_record(written.stage, opened.source.weights),
             quality=quality,
             speed=speed,

@@ -20,7 +20,7 @@ def lines(capsys):
 
 
 def test_a_part_that_begins_soon_after_a_line_is_told_if_it_lasts(soon, capsys):
-    with console.Screen().watcher("sparsify") as watcher:
+    with console.Screen().watcher() as watcher:
         watcher.stage("opening")
         watcher.stage("passing")
         watcher.stage("building, about a minute")
@@ -32,7 +32,7 @@ def test_a_part_that_begins_soon_after_a_line_is_told_if_it_lasts(soon, capsys):
 @pytest.mark.parametrize("fails", [False, True])
 def test_only_what_has_come_to_its_end_gets_a_tick(fails):
     out = Console(file=io.StringIO(), force_terminal=True, width=80)
-    with suppress(ZeroDivisionError), console.LiveWatcher(console.Screen(), out, "sparsify") as one:
+    with suppress(ZeroDivisionError), console.LiveWatcher(console.Screen(), out) as one:
         one.stage("opening")
         1 / (not fails)
     assert ("✓" in out.file.getvalue()) is not fails
@@ -40,7 +40,7 @@ def test_only_what_has_come_to_its_end_gets_a_tick(fails):
 
 @pytest.mark.parametrize("later", ["steps", "end"])
 def test_a_part_that_is_over_is_not_told_any_more(later, soon, capsys):
-    with console.Screen().watcher("sparsify") as watcher:
+    with console.Screen().watcher() as watcher:
         watcher.stage("opening")
         watcher.stage("measuring")
         if later == "steps":

@@ -123,7 +123,7 @@ def main() -> None:
     if words.model:
         preset = replace(preset, model=words.model)
     try:
-        with Screen().watcher("compare") as watcher:
+        with Screen().watcher() as watcher:
             run(preset, words.cache, words.out / name, words.small, words.keep, watcher)
     except HamError as error:
         print("\n".join(error.lines()), file=sys.stderr)

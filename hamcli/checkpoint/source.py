@@ -72,11 +72,6 @@ class Source:
         return frozenset(tensor.name for header in self.headers for tensor in header.tensors)
 
     @property
-    def weight_bytes(self) -> int:
-        """The size of the weight files."""
-        return sum(header.file_bytes for header in self.headers)
-
-    @property
     def total(self) -> int:
         """The number of elements in all tensors."""
         return sum(tensor.total for header in self.headers for tensor in header.tensors)

@@ -106,7 +106,7 @@ def sparsify(
     from hamcli.console import Screen
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
-    with screen.watcher("sparsify") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.completing import complete
         from hamcli.defaults import out_folder
@@ -147,13 +147,13 @@ def prune(
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Prune exactly in one shot, without training, file by file where that will do; report."""
+    """Prune exactly in one shot, without training. File by file where that will do."""
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_report
     from hamcli.console import Screen
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
-    with screen.watcher("prune") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.completing import complete
         from hamcli.defaults import out_folder
@@ -178,7 +178,7 @@ def inspect(
     ] = False,
     quiet: QuietWord = False,
 ) -> None:
-    """Tensors of a checkpoint: shapes, dtypes, bytes, ties; from headers alone unless --values."""
+    """Tensors of a checkpoint: shapes, dtypes, bytes, ties. From headers alone unless --values."""
     from hamcli.checkpoint.inspection import dense_size
     from hamcli.checkpoint.inspection import inspect as inspect_path
     from hamcli.cli.shown import show_inspection
@@ -188,7 +188,7 @@ def inspect(
     if not values:
         show_inspection(screen, inspect_path(path), each=all_)
         return
-    with screen.watcher("inspect") as watcher:
+    with screen.watcher() as watcher:
         watcher.begin_bytes("reading values", 2 * dense_size(path))
         found = inspect_path(path, values=True, advance=watcher.bytes_done)
         watcher.end_bytes()
@@ -209,7 +209,7 @@ def evaluate(
     as_json: JsonWord = False,
     quiet: QuietWord = False,
 ) -> None:
-    """Quality of a checkpoint on held-out data, and its loss against the dense one."""
+    """Quality of a checkpoint, and its loss against the dense one. On held-out data."""
     layers = layers_of(ctx.params)
     if limit is not None and against is None:
         raise UsageError("E105", "nothing to compare with", "--max-drop", "", "--against DENSE")
@@ -217,7 +217,7 @@ def evaluate(
     from hamcli.console import Screen
 
     screen = Screen(quiet=quiet, as_json=as_json)
-    with screen.watcher("eval") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.completing import complete
         from hamcli.pruning import evaluate as evaluate_model
@@ -263,7 +263,10 @@ def export(
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Dense to packed (smaller, needs `import hamcli`) or back, bit for bit; or to ONNX."""
+    """Convert to packed, dense or ONNX.
+
+    Packed is smaller, needs `import hamcli` to load, and goes back to dense bit for bit.
+    """
     if form not in ("dense", "packed", "onnx"):
         raise UsageError(
             "E118", "no such format", f"--format {printable(form)}", "", "dense, packed or onnx"
@@ -274,7 +277,7 @@ def export(
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
     target = out or export_path(path, form)
-    with screen.watcher("export") as watcher:
+    with screen.watcher() as watcher:
         if form == "onnx":
             watcher.stage("starting")
             from hamcli.onnx.exporting import export_onnx
@@ -310,13 +313,13 @@ def plan(
     as_json: JsonWord = False,
     quiet: QuietWord = False,
 ) -> None:
-    """Dry run: matched weights, steps, memory of each process, disk, time; writes nothing."""
+    """Dry run: targets, steps, memory, disk, time, file sizes. Writes nothing."""
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_plan
     from hamcli.console import Screen
 
     screen = Screen(quiet=quiet, as_json=as_json)
-    with screen.watcher("plan") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.completing import complete
         from hamcli.planning import plan as plan_run
@@ -334,13 +337,13 @@ def theory(
     as_json: JsonWord = False,
     quiet: QuietWord = False,
 ) -> None:
-    """Check the paper's claims on linear regression with our own step; exit 3 if one fails."""
+    """Check the paper's claims on linear regression. With our own step; exit 3 if one fails."""
     from hamcli.cli.shown import refuse_failed_claims, show_theory
     from hamcli.console import Screen, duration
 
     screen = Screen(quiet=quiet, as_json=as_json)
     began = time.monotonic()
-    with screen.watcher("theory") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.theory import run_checks
         from hamcli.theory.page import make_folder, write_results
@@ -386,13 +389,16 @@ def compare(
     quiet: QuietWord = False,
     verbose: VerboseWord = False,
 ) -> None:
-    """Methods and sparsities under one budget: lr tuned alike, paired seeds; goes on when rerun."""
+    """Compare methods and sparsities under one budget.
+
+    Learning rates are tuned alike, seeds paired; the same command goes on where it stopped.
+    """
     layers = layers_of(ctx.params)
     from hamcli.cli.shown import show_comparison
     from hamcli.console import Screen
 
     screen = Screen(quiet=quiet, verbose=verbose, as_json=as_json)
-    with screen.watcher("compare") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.comparison import Grid
         from hamcli.comparison import compare as compare_methods
@@ -485,7 +491,7 @@ def bench_step(
     from hamcli.console import Screen
 
     screen = Screen(quiet=quiet, as_json=as_json)
-    with screen.watcher("bench") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.benchmarking.model import bench_model
 
@@ -534,7 +540,7 @@ def bench_runtime(
     sizes = input_shapes(shapes) if shapes is not None else None
     numbers = thread_counts(threads)
     screen = Screen(quiet=quiet, as_json=as_json)
-    with screen.watcher("bench") as watcher:
+    with screen.watcher() as watcher:
         watcher.stage("starting")
         from hamcli.benchmarking.runtime import bench_runtime as bench
 

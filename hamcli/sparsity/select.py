@@ -211,19 +211,6 @@ def _find_digit(counts: Counts, rank: int) -> tuple[int, int]:
 
 
 @torch.no_grad()
-def keep_mask(score: Tensor, threshold: Threshold, ties_left: int) -> tuple[Tensor, int]:
-    """One tensor's mask under a common threshold, and the ties that remain for the next tensor.
-
-    Args:
-        score: The tensor, after those already given.
-        threshold: From `find_threshold` over all of them.
-        ties_left: How many scores at the threshold are still to be dropped.
-    """
-    masks, ties_left = _keep_masks([score], threshold, ties_left)
-    return masks[0], ties_left
-
-
-@torch.no_grad()
 def _keep_masks(
     scores: Sequence[Tensor], threshold: Threshold, ties_left: int
 ) -> tuple[list[Tensor], int]:

@@ -6,14 +6,14 @@ its first name; so are layers that a model runs through several times.
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import overload
 
 from torch import Tensor, nn
 
 from hamcli.sparsity.across import Across
-from hamcli.sparsity.choice import ROUTERS, choose, is_dense_by_name, module_of
+from hamcli.sparsity.choice import ROUTERS, choose, module_of
 
 _TRANSPOSED_CONVS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED_CONVS)
@@ -125,7 +125,7 @@ class _Candidate:
 
     param: Tensor
     names: tuple[str, ...]
-    owners: tuple[nn.Module | None, ...]
+    owners: tuple[nn.Module, ...]
 
 
 def select_targets(
@@ -151,32 +151,6 @@ def select_targets(
     every_name = [name for name, _ in model.named_modules(remove_duplicate=False)]
     every_name += [name for name, _ in model.named_parameters(remove_duplicate=False)]
     found = _dense_by_structure(model, candidates)
-    return _targets(*choose(candidates, every_name, found, include, exclude))
-
-
-def select_tensors(
-    tensors: Mapping[str, Tensor], include: Sequence[str], exclude: Sequence[str] | None
-) -> Targets:
-    """The targets among named tensors without a model, as of a bare safetensors file.
-
-    With `exclude` None, embeddings, heads, poolers and routers are told by the usual names.
-    Weights are taken as [out, in]; a file does not say otherwise.
-
-    Args:
-        tensors: Name → tensor.
-        include: As for `select_targets`.
-        exclude: As for `select_targets`.
-
-    Raises:
-        RecipeError: As `select_targets`.
-    """
-    candidates = [
-        _Candidate(tensor, (name,), (None,))
-        for name, tensor in tensors.items()
-        if _is_prunable(tensor)
-    ]
-    every_name = [*tensors, *(module_of(name) for name in tensors)]
-    found = [candidate for candidate in candidates if is_dense_by_name(candidate.names[0])]
     return _targets(*choose(candidates, every_name, found, include, exclude))
 
 
@@ -231,7 +205,7 @@ def _output_head(model: nn.Module) -> nn.Module | None:
     return head if isinstance(head, nn.Module) else None
 
 
-def _is_dense_layer(name: str, owner: nn.Module | None) -> bool:
+def _is_dense_layer(name: str, owner: nn.Module) -> bool:
     words = name.split(".")
     if isinstance(owner, nn.Embedding | nn.EmbeddingBag) or _is_patch_embedding(name, owner):
         return True
@@ -240,14 +214,14 @@ def _is_dense_layer(name: str, owner: nn.Module | None) -> bool:
     return not (_is_layer(owner) or _reads_as_weight(name))
 
 
-def _is_patch_embedding(name: str, owner: nn.Module | None) -> bool:
+def _is_patch_embedding(name: str, owner: nn.Module) -> bool:
     """Convolutions that cut an image into patches; a stem, which overlaps, is an ordinary layer."""
     if not isinstance(owner, _CONVS) or "embed" not in name:
         return False
     return tuple(owner.stride) == tuple(owner.kernel_size) and max(owner.kernel_size) > 1
 
 
-def _is_layer(owner: nn.Module | None) -> bool:
+def _is_layer(owner: nn.Module) -> bool:
     return isinstance(owner, (nn.Linear, nn.Bilinear, *_CONVS)) or _is_transposed_linear(owner)
 
 
@@ -269,10 +243,10 @@ def _targets(chosen: Sequence[_Candidate], globs: tuple[str, ...]) -> Targets:
 def _target(candidate: _Candidate) -> Target:
     owner, param = candidate.owners[0], candidate.param
     is_stacked = param.dim() == 3 and not _is_layer(owner)
-    return Target(candidate.names[0], param, _input_dim(owner, param, is_stacked), is_stacked)
+    return Target(candidate.names[0], param, _input_dim(owner, is_stacked), is_stacked)
 
 
-def _input_dim(owner: nn.Module | None, param: Tensor, is_stacked: bool) -> int:
+def _input_dim(owner: nn.Module, is_stacked: bool) -> int:
     if _is_transposed_linear(owner) or isinstance(owner, _TRANSPOSED_CONVS):
         return 0
     if isinstance(owner, nn.Bilinear):
@@ -282,12 +256,12 @@ def _input_dim(owner: nn.Module | None, param: Tensor, is_stacked: bool) -> int:
     return 1
 
 
-def _is_transposed_linear(owner: nn.Module | None) -> bool:
+def _is_transposed_linear(owner: nn.Module) -> bool:
     """Transformers' Conv1D, [in, out], as in GPT-2; known by name so as not to import it."""
     return type(owner).__name__ == "Conv1D" and hasattr(owner, "nf")
 
 
-def _has_transposed_experts(owner: nn.Module | None) -> bool:
+def _has_transposed_experts(owner: nn.Module) -> bool:
     """Whether fused experts lie as [experts, in, out] and not as [experts, out, in].
 
     transformers marks most of these modules with `is_transposed`. The others tell it by shapes:

@@ -34,7 +34,7 @@ def test_lengths_of_time_in_words():
 def test_without_a_terminal_a_line_of_steps_tells_its_run(capsys, monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(console.time, "monotonic", lambda: clock[0])
-    with console.Screen().watcher("compare") as watcher:
+    with console.Screen().watcher() as watcher:
         watcher.stage("writing")
         watcher.stage("cell 2 of 6, about 7 min left: gradual at 90 %, seed 0")
         watcher.begin_steps(steps=20, done=0, target=0.9)

@@ -10,6 +10,7 @@ from hamcli.errors import RecipeError
 from hamcli.sparsity.architectures import FAMILIES as KNOWN
 from hamcli.sparsity.families import Undecided, by_family, by_names
 from hamcli.sparsity.targets import select_targets
+from tests.sparsity import pico
 
 SMALL = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -207,3 +208,13 @@ def test_a_file_without_a_config_goes_by_usual_names():
     assert len(by_names(shapes, ["*"], ["layers.9.*"])) == 3
     with pytest.raises(RecipeError, match="E214"):
         by_names(shapes, ["attention*"], None)
+
+
+@pytest.mark.parametrize("family", ["bert classifier", "llama"])
+def test_usual_names_choose_what_the_network_has(family):
+    model = pico.MODELS[family]()
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = by_names(shapes, ["*"], None)
+    assert {one.name for one in found} == set(select_targets(model, ["*"], None).names)
+    again = by_names(shapes, ["*"], found.exclude)
+    assert [one.name for one in again] == [one.name for one in found]

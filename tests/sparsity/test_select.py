@@ -14,10 +14,8 @@ from hamcli.sparsity.score import Scores
 from hamcli.sparsity.select import (
     exact_mask,
     exact_masks,
-    find_threshold,
     global_counts,
     global_masks,
-    keep_mask,
     n_m_mask,
 )
 from tests.oracles import selection
@@ -229,17 +227,6 @@ def test_more_than_2_to_the_24_elements_are_counted_exactly() -> None:
     mask = exact_mask(score, 2**24 + 2)
     assert int((~mask).sum()) == 2**24 + 2
     assert mask[2**24 + 1 :].tolist() == [True, True, True, False]
-
-
-def test_masks_over_shards_are_those_of_the_whole() -> None:
-    score = torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).abs().bfloat16()
-    threshold = find_threshold([score], 1000)
-    ties, parts = threshold.ties, []
-    for shard in score.split(7):
-        mask, ties = keep_mask(shard, threshold, ties)
-        parts.append(mask)
-    assert torch.equal(torch.cat(parts), exact_mask(score, 1000))
-    assert ties == 0
 
 
 def test_each_tensor_has_its_own_count() -> None:

@@ -4,7 +4,7 @@ from torch import nn
 
 from hamcli.errors import RecipeError
 from hamcli.sparsity.masks import apply_masks_, prune_masks
-from hamcli.sparsity.targets import Targets, select_targets, select_tensors
+from hamcli.sparsity.targets import Targets, select_targets
 from tests.sparsity import pico
 
 
@@ -292,24 +292,3 @@ def test_pruning_the_default_targets_leaves_the_tied_embedding_alone() -> None:
     targets = everything(model)
     apply_masks_(targets, prune_masks(targets, 0.9))
     assert torch.equal(model.get_input_embeddings().weight, before)
-
-
-# Without a model
-
-
-def test_named_tensors_without_a_model_have_targets_too() -> None:
-    state = pico.bert_classifier().state_dict()
-    targets = select_tensors(state, ["*"], None)
-    assert targets.names == everything(pico.bert_classifier()).names
-    assert select_tensors(state, ["*"], targets.exclude).names == targets.names
-
-
-def test_files_of_a_causal_model_have_its_targets() -> None:
-    targets = select_tensors(pico.llama().state_dict(), ["*"], None)
-    assert targets.names == everything(pico.llama()).names
-
-
-def test_globs_hold_without_a_model() -> None:
-    with pytest.raises(RecipeError, match="E214"):
-        select_tensors({"w": torch.ones(2, 2)}, ["nonsense"], None)
-    assert select_tensors({"w": torch.ones(2, 2)}, ["w"], None).names == ["w"]
