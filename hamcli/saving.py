@@ -1,5 +1,6 @@
 """What a training run needs to go on, to a run checkpoint and back, in each of its processes."""
 
+import math
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ PARTS = (
     "values.exponents",
     "values.groups",
     "values.records",
+    "values.scaler",
     "values.seconds",
     "values.tensors",
 )
@@ -71,6 +73,7 @@ class State:
         targets: The prunable weights, or this process's rows of them.
         world: The processes of the run.
         shards: How the weights are cut; None where they are whole.
+        scaler: Of the gradients, in fp16; None in other precisions.
     """
 
     model: nn.Module
@@ -79,6 +82,7 @@ class State:
     targets: Targets
     world: World
     shards: Shards | None
+    scaler: torch.amp.GradScaler | None = None
 
 
 def save(run: RunState | None, state: State, history: History, step: int, seconds: float) -> None:
@@ -100,7 +104,8 @@ def save(run: RunState | None, state: State, history: History, step: int, second
         values = {
             "exponents": history.exponents(state.optimizer),
             "groups": state.optimizer.state_dict()["param_groups"],
-            "records": [asdict(record) for record in history.records],
+            "records": [_plain(record) for record in history.records],
+            "scaler": None if state.scaler is None else state.scaler.state_dict(),
             "seconds": seconds,
             # a moment that is missing would not be missed: the optimizer would begin it anew
             "tensors": {stem: sorted(named) for stem, named in tensors.items()},
@@ -177,7 +182,9 @@ def restore(found: Checkpoint | None, state: State, history: History) -> None:
     masks = {f"mask.{one.name}": one.part.source for one in state.targets if one.part}
     kept = shared("sparsifier", names["sparsifier"], masks)
     state.course.load_state({key: local(one) if key in masks else one for key, one in kept.items()})
-    history.records[:] = [StepRecord(**record) for record in values["records"]]
+    history.records[:] = [_record(record) for record in values["records"]]
+    if state.scaler is not None:
+        state.scaler.load_state_dict(values["scaler"])
     history.seconds_before = float(values["seconds"])
     history.exponents_before = values["exponents"]
 
@@ -199,6 +206,17 @@ def _cutting(
         return shards.cut(tensor, param)
 
     return cut
+
+
+def _plain(record: StepRecord) -> dict[str, Any]:
+    """A record as JSON may hold it: the gradient of a step that fp16 skipped has no norm."""
+    norm = record.grad_norm
+    return {**asdict(record), "grad_norm": norm if math.isfinite(norm) else None}
+
+
+def _record(saved: Mapping[str, Any]) -> StepRecord:
+    norm = saved["grad_norm"]
+    return StepRecord(**{**saved, "grad_norm": math.inf if norm is None else norm})
 
 
 def own_tensors(model: nn.Module) -> dict[str, Tensor]:

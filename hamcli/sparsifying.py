@@ -503,7 +503,8 @@ class Sparsification:
         return stopped_by(name, saved, last=f"{saved}; to go on: {again}")
 
     def _state(self, optimizer: HAM, course: Course) -> State:
-        return State(self.model, optimizer, course, self.targets, self.world, self.shards)
+        scaler = getattr(self.accelerator, "scaler", None)  # fp16 on a GPU has one
+        return State(self.model, optimizer, course, self.targets, self.world, self.shards, scaler)
 
     def _resume(self, optimizer: HAM, course: Course) -> int:
         """Go on from the newest run checkpoint, if that is asked for; its step, or 0."""

@@ -1,6 +1,8 @@
 """What a run checkpoint holds is what a run goes on with, tensor by tensor and number by number."""
 
 import json
+import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -86,6 +88,25 @@ def test_a_run_goes_on_with_everything_that_was_saved(saved):
     told = history.exponents(before.optimizer)
     assert told["alpha"] == 200.0
     assert later.exponents_before == told
+
+
+def test_a_step_that_fp16_skipped_is_saved_like_others(tmp_path):
+    state, history = made(3), History([record(1), replace(record(2), grad_norm=math.inf)])
+    with RunState(tmp_path / "o") as run:
+        save(run, state, history, 2, 1.0)
+        later = History()
+        restore(run.load(2, PARTS), made(1), later)
+    assert later.records == history.records
+
+
+def test_the_scale_of_fp16_gradients_goes_on(tmp_path):
+    scalers = [torch.amp.GradScaler("cpu", init_scale=size) for size in (1024.0, 65536.0)]
+    before, after = (replace(made(1), scaler=scaler) for scaler in scalers)
+    with RunState(tmp_path / "o") as run:
+        save(run, before, History([record(1)]), 1, 1.0)
+        restore(run.load(1, PARTS), after, History())
+    assert scalers[1].get_scale() == 1024.0
+    assert scalers[1].state_dict() == scalers[0].state_dict()
 
 
 def test_the_last_measured_step_is_told_here_or_from_before():
