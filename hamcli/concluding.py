@@ -133,7 +133,7 @@ class Conclusion:
     def _threshold(self) -> float | None:
         """Largest dense magnitude among what one shot by magnitude dropped; else unknown."""
         section, masks = self.recipe.sparsity, self.trained.course.sparsifier.masks
-        if section.method != "one-shot" or section.score != "magnitude" or masks is None:
+        if section.method != "one-shot" or self.recipe.score != "magnitude" or masks is None:
             return None
         largest = greatest_dropped(self.trained.dense_weights, masks)
         if not self.world.is_sharded:

@@ -55,7 +55,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             section.target,
             num_parameters=sum(param.numel() for param in model.parameters()),
             threshold=greatest_dropped(before, masks)
-            if section.method not in WITHOUT_TRAINING and section.score == "magnitude"
+            if section.method not in WITHOUT_TRAINING and recipe.score == "magnitude"
             else None,
             natural_zeros=natural,
             method=section.method if section.method in WITHOUT_TRAINING else "one-shot",
@@ -115,7 +115,7 @@ def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
         return prune_layers_(section.method, targets, rules, inputs)
     nonzero = nonzero_masks(targets)
     of_run = {"wanda": activation_score(targets, inputs)} if inputs is not None else {}
-    score = make_score(section.score, targets, opened.recipe.training.seed, of_run)
+    score = make_score(opened.recipe.score, targets, opened.recipe.training.seed, of_run)
     due = zeros_at_end(targets, rules, nonzero)
     masks = choose_masks(targets, rules, due, masks=nonzero, score=score)
     apply_masks_(targets, masks)

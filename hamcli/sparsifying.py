@@ -25,7 +25,7 @@ from hamcli.optim import HAM, forms
 from hamcli.outcome import environment_record
 from hamcli.parallel.limits import refuse_dropped_layers, refuse_unsharded
 from hamcli.parallel.parts import has_batch_norm, part_of, refuse_uneven_batch
-from hamcli.parallel.shards import Shards, fill_, shard_, shard_teacher
+from hamcli.parallel.shards import Shards, fill_, local, shard_, shard_teacher
 from hamcli.parallel.world import World
 from hamcli.progress import Progress, StepRecord
 from hamcli.report.records import Report
@@ -270,12 +270,18 @@ class Sparsification:
             self.model,
             steps=recipe.training.steps,
             seed=recipe.training.seed,
+            score=recipe.score,
             outliers=self.outliers,
             of_run=self.scores,
         )
 
     def _second_moment(self, param: Tensor) -> Tensor | None:
-        return None if self.optimizer is None else self.optimizer.second_moment(param)
+        """Of a target, or of its rows that lie here, what Adam keeps of its gradients."""
+        if self.optimizer is None:
+            return None
+        sources = {id(one.param): one.part.source for one in self.targets if one.part is not None}
+        moment = self.optimizer.second_moment(sources.get(id(param), param))
+        return None if moment is None else local(moment)
 
     def _optimizer(self, course: Course) -> HAM:
         section = self.recipe.optimizer

@@ -19,7 +19,10 @@ def refuse_unsharded(recipe: Recipe) -> None:
     works = {
         "sparsity.method": (sparsity.method, METHODS),
         "sparsity.allocation": (sparsity.allocation, ALLOCATIONS),
-        "sparsity.score": (sparsity.score, ("magnitude", "first-order", "random")),
+        "sparsity.score": (
+            sparsity.score,
+            ("auto", "magnitude", "fisher", "first-order", "random"),
+        ),
         "optimizer.bar": (optimizer.bar, (0,)),
         "training.precision": (recipe.training.precision, ("auto", "fp32", "bf16")),
         "export.format": (recipe.export.format, ("dense",)),

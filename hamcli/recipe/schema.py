@@ -154,10 +154,10 @@ class SparsitySection(Section):
         None, description="of ast: sparsities of one run, rising to target; a result each"
     )
     method: Method = Field("gradual", description="wanda and sparsegpt: of ham prune only")
-    score: Literal["magnitude", "fisher", "first-order", "random", "wanda"] = Field(
-        "magnitude",
+    score: Literal["auto", "magnitude", "fisher", "first-order", "random", "wanda"] = Field(
+        "auto",
         description="what makes a weight important; fisher: |w| times the root mean square of its "
-        "gradients, which Adam keeps",
+        "gradients, which Adam keeps; auto = fisher for gradual, ac-dc and cyclic, else magnitude",
     )
     allocation: Literal["auto", "global", "uniform", "erk", "lamp", "owl"] = Field(
         "auto", description="who loses how many; auto = erk for random and rigl, else global"
@@ -325,6 +325,14 @@ class Recipe(Section):
                 "score", "score fisher reads the second moments of base adamw or adam; sgd has none"
             )
         return self
+
+    @property
+    def score(self) -> str:
+        """What `sparsity.score` means: auto is fisher where there are moments to read."""
+        if self.sparsity.score != "auto":
+            return self.sparsity.score
+        has_moments = self.sparsity.method in FISHER_METHODS and self.optimizer.base != "sgd"
+        return "fisher" if has_moments else "magnitude"
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, as YAML or JSON would hold it."""

@@ -109,7 +109,8 @@ def _how(report: Report) -> str:
 
 def _score(report: Report) -> str:
     section = report.recipe.get("sparsity")
-    return str(section.get("score", "magnitude")) if isinstance(section, dict) else "magnitude"
+    said = section.get("score", "auto") if isinstance(section, dict) else "auto"
+    return "magnitude" if said == "auto" else str(said)  # of one shot
 
 
 def _warnings(report: Report) -> str:

@@ -24,6 +24,7 @@ def make_course(
     *,
     steps: int,
     seed: int,
+    score: str = "magnitude",
     outliers: Sequence[float] | None = None,
     of_run: Mapping[str, Score] = MappingProxyType({}),
 ) -> Course:
@@ -35,6 +36,7 @@ def make_course(
         model: Whose weights they are.
         steps: Optimizer steps of the run.
         seed: Of random scores.
+        score: Name of what makes a weight important.
         outliers: Share of outliers of each target's layer; needed by owl.
         of_run: Scores that only a run can make, by name: fisher, wanda.
 
@@ -43,7 +45,7 @@ def make_course(
     """
 
     def sparsifier(on: Targets, target: float = words.target) -> Sparsifier:
-        kind = "random" if words.method == "random" else words.score
+        kind = "random" if words.method == "random" else score
         return make_sparsifier(
             words.method,
             on,

@@ -105,3 +105,26 @@ def test_a_missing_file_is_a_recipe_error(tmp_path):
 
 def test_the_schema_knows_every_section():
     assert {"model", "data", "sparsity", "gate"} <= set(json_schema()["properties"])
+
+
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [
+        ("{}", "fisher"), ("sparsity: {method: ac-dc}", "fisher"),
+        ("sparsity: {method: rigl}", "magnitude"), ("sparsity: {method: str}", "magnitude"),
+        ("sparsity: {method: one-shot}", "magnitude"), ("optimizer: {base: sgd}", "magnitude"),
+        ("sparsity: {score: magnitude}", "magnitude"),
+    ],
+)  # fmt: skip
+def test_the_score_is_fisher_where_adam_keeps_moments_before_weights_go(text, score):
+    assert read_recipe([parse(text, "r.yaml")]).recipe.score == score
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["sparsity: {score: fisher, method: rigl}",
+     "sparsity: {score: fisher}\noptimizer: {base: sgd}"],
+)  # fmt: skip
+def test_fisher_is_refused_where_there_are_no_moments(text):
+    (line,) = faults(text)
+    assert "score fisher" in line
