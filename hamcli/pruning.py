@@ -55,7 +55,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             section.target,
             num_parameters=sum(param.numel() for param in model.parameters()),
             threshold=greatest_dropped(before, masks)
-            if section.method not in WITHOUT_TRAINING and recipe.score == "magnitude"
+            if section.method not in WITHOUT_TRAINING and section.one_shot_score == "magnitude"
             else None,
             natural_zeros=natural,
             method=section.method if section.method in WITHOUT_TRAINING else "one-shot",
@@ -97,13 +97,13 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
 def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
     """Prune the targets in place, as the recipe says; the masks."""
     section, targets = opened.recipe.sparsity, opened.targets
-    if section.score == "first-order":
+    if section.score in ("first-order", "fisher"):
         raise RecipeError(
             "E228",
             "no gradient to score by",
             "sparsity.score",
             "ham prune computes none",
-            "ham sparsify --method one-shot, or another score",
+            "ham sparsify, or another score",
         )
     is_layerwise = section.method in WITHOUT_TRAINING
     looks = is_layerwise or section.score == "wanda" or section.allocation == "owl"
@@ -115,7 +115,7 @@ def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
         return prune_layers_(section.method, targets, rules, inputs)
     nonzero = nonzero_masks(targets)
     of_run = {"wanda": activation_score(targets, inputs)} if inputs is not None else {}
-    score = make_score(opened.recipe.score, targets, opened.recipe.training.seed, of_run)
+    score = make_score(section.one_shot_score, targets, opened.recipe.training.seed, of_run)
     due = zeros_at_end(targets, rules, nonzero)
     masks = choose_masks(targets, rules, due, masks=nonzero, score=score)
     apply_masks_(targets, masks)

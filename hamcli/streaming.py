@@ -112,7 +112,7 @@ def _needs_memory(recipe: Recipe) -> str:
         "quality is measured on --data": recipe.data.source or recipe.data.evaluation,
         "--max-drop measures quality": recipe.gate.max_drop is not None,
         f"{section.method} looks at data": section.method in WITHOUT_TRAINING,
-        f"score {recipe.score}": recipe.score != "magnitude",
+        f"score {section.score}": section.one_shot_score != "magnitude",
         f"allocation {allocation}": allocation in ("lamp", "owl"),
         f"pattern {section.pattern}": parse_block(section.pattern) is not None,
         "bounds of a global allocation": has_bounds and allocation == "global",

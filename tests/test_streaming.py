@@ -417,6 +417,15 @@ def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
     assert "org/tiny@c0ffee" in (tmp_path / "out" / "recipe.yaml").read_text()
 
 
+@pytest.mark.parametrize("score", ["fisher", "first-order"])
+def test_scores_that_need_gradients_are_refused(score, tmp_path):
+    words = {"model.id": str(RESNET), "sparsity.target": 0.5, "sparsity.score": score}
+    read = complete([values_layer(words, "test")], has_recipe=False)
+    with pytest.raises(HamError, match="E228"):
+        prune(read, out=tmp_path / "out", overwrite=False, progress=Silent())
+    assert not (tmp_path / "out").exists()
+
+
 def test_out_may_not_be_the_input(tmp_path):
     pico.save(pico.llama(), tmp_path / "model")
     before = sorted(path.name for path in (tmp_path / "model").iterdir())

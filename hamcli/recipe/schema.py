@@ -184,6 +184,11 @@ class SparsitySection(Section):
         128, description="training examples that wanda, sparsegpt and owl look at"
     )
 
+    @property
+    def one_shot_score(self) -> str:
+        """What `score` means where weights go without training."""
+        return "magnitude" if self.score == "auto" else self.score
+
     @model_validator(mode="after")
     def _holds_together(self) -> Self:
         if self.ramp_start + self.freeze_last >= 1.0:
@@ -328,7 +333,7 @@ class Recipe(Section):
 
     @property
     def score(self) -> str:
-        """What `sparsity.score` means: auto is fisher where there are moments to read."""
+        """What `sparsity.score` means in training: auto is fisher where there are moments."""
         if self.sparsity.score != "auto":
             return self.sparsity.score
         has_moments = self.sparsity.method in FISHER_METHODS and self.optimizer.base != "sgd"

@@ -53,7 +53,7 @@ def make_fisher(second_moment: Callable[[Tensor], Tensor | None]) -> Score:
         moment = second_moment(param)
         if moment is None:
             return magnitude(param)
-        return (moment.sqrt() * param.detach()).abs().nan_to_num()
+        return moment.sqrt().mul_(param.detach()).abs_().nan_to_num_()
 
     return fisher
 
