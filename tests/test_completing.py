@@ -15,7 +15,7 @@ def eta_of(**words: object) -> float:
 
 @pytest.mark.parametrize(
     ("target", "eta"),
-    [(None, 0.001), (0.8, 0.001), (0.89, 0.001), (0.9, 0.01), (0.95, 0.01), (1, 0.01)],
+    [(None, 0.01), (0.8, 0.01), (0.89, 0.01), (0.9, 0.005), (0.95, 0.005), (1, 0.005)],
 )
 def test_a_masked_language_model_gets_the_recipe_of_its_sparsity(target, eta):
     words = {} if target is None else {"sparsity__target": target}
@@ -23,8 +23,8 @@ def test_a_masked_language_model_gets_the_recipe_of_its_sparsity(target, eta):
 
 
 def test_several_sparsities_go_by_the_highest():
-    assert eta_of(model__task="masked-lm", sparsity__target=[0.5, 0.95]) == 0.01
-    assert eta_of(model__task="masked-lm", sparsity__target=[0.5, 0.8]) == 0.001
+    assert eta_of(model__task="masked-lm", sparsity__target=[0.5, 0.95]) == 0.005
+    assert eta_of(model__task="masked-lm", sparsity__target=[0.5, 0.8]) == 0.01
 
 
 def test_other_tasks_have_one_recipe_at_every_sparsity():
