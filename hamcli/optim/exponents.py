@@ -6,6 +6,9 @@
     calibrated  alpha = eta / (lr_peak * mean|g|), one number for all groups: at the peak
                 learning rate the mean |exponent| is `eta`, on every model. The mean runs over
                 the first ten steps, each of which uses the mean so far, and is then frozen
+    tracked     the same, and looked at anew on every tenth step: where gradients have grown,
+                alpha falls at once; where they have shrunk, it rises half of the way, as factors
+                go. Ours: the exponent stays what was asked for through a run
     normalised  alpha = eta / (lr_peak * rms(g)) for each tensor, anew on every step. Ours,
                 not the paper's
 

@@ -262,7 +262,7 @@ class HamRecord:
     """What the mirror step did.
 
     Args:
-        scaling: `"raw"`, `"calibrated"` or `"normalised"`.
+        scaling: `"raw"`, `"calibrated"`, `"tracked"` or `"normalised"`.
         eta: Size asked of the exponent where the scaling has one.
         alpha: Strength of the gradient term; None where it differs between groups.
         beta: Strength of the decay term.
