@@ -9,6 +9,7 @@ import torch
 
 from hamcli.checkpoint.fitting import has_head
 from hamcli.checkpoint.loading import LoadedModel, load_model
+from hamcli.checkpoint.positions import learned_positions
 from hamcli.checkpoint.source import Source, find_model, infer_task
 from hamcli.completing import complete, placed, public_recipe
 from hamcli.data import Data, label_names, open_data
@@ -63,15 +64,16 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
     for note in loaded.notes:
         progress.note(note)
     progress.stage("reading data")
-    data = open_data(
-        recipe.data,
-        task=task,
-        tokenizer=loaded.tokenizer,
-        no_tokenizer=loaded.no_tokenizer,
-        image_processor=loaded.image_processor,
-        config=loaded.model.config,
-    )
     try:
+        data = open_data(
+            recipe.data,
+            task=task,
+            tokenizer=loaded.tokenizer,
+            no_tokenizer=loaded.no_tokenizer,
+            image_processor=loaded.image_processor,
+            config=loaded.model.config,
+            positions=learned_positions(loaded.model),
+        )
         targets = select_targets(loaded.model, recipe.targets.include, recipe.targets.exclude)
     except RecipeError as error:
         raise placed(error, read) from None

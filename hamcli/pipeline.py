@@ -17,7 +17,7 @@ from hamcli.runstate import RunState, check_out, finished, remove_leftovers
 from hamcli.signals import Stop, stop_on_signals
 from hamcli.sparsifying import Sparsification
 from hamcli.tracking import Trackers, refuse_missing
-from hamcli.training import refuse_missing_device
+from hamcli.training import refuse_missing_device, refuse_missing_scaler
 
 
 def sparsify(
@@ -92,6 +92,9 @@ def run_sparsify(
             f"ham prune --method {recipe.sparsity.method}, or another method",
         )
     refuse_missing_device(recipe.training.device, read.place("training", "device"))
+    refuse_missing_scaler(
+        recipe.training.precision, recipe.training.device, read.place("training", "precision")
+    )
     if recipe.training.trackers:
         refuse_missing(recipe.training.trackers)
     folder = Path(out) if out is not None else out_folder(recipe.model.id or "", target)

@@ -182,6 +182,22 @@ def refuse_missing_device(device: str, where: str = "training.device") -> None:
     raise RecipeError("E246", "no such device", where, f"{device}, and {why}", "auto or cpu")
 
 
+def refuse_missing_scaler(precision: str, device: str, where: str = "training.precision") -> None:
+    """See that fp16 runs where its gradients are scaled: accelerate does that on a GPU only.
+
+    Args:
+        precision: auto, fp32, bf16 or fp16.
+        device: auto, cpu, mps, cuda or cuda:N; there is such a one.
+        where: Where the precision was said.
+
+    Raises:
+        RecipeError: E251, without the scale small gradients are lost.
+    """
+    if precision == "fp16" and (device in ("cpu", "mps") or not torch.cuda.is_available()):
+        why = "its gradients are scaled on a CUDA device only"
+        raise RecipeError("E251", "fp16 without a GPU", where, why, "bf16 or fp32")
+
+
 def make_accelerator(device: str, precision: str, num_processes: int = 1) -> Any:
     """An `accelerate.Accelerator` for one device name and one precision.
 

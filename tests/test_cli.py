@@ -159,6 +159,22 @@ def test_a_command_without_a_model_is_refused_before_anything_heavy_is_imported(
     subprocess.run([sys.executable, "-c", code], check=True, env=ENVIRONMENT, cwd=tmp_path)
 
 
+def test_an_interrupt_while_the_command_line_loads_shows_no_trace(tmp_path):
+    code = (
+        "import sys\n"
+        "class Pressed:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, *_):\n"
+        "        if name == 'hamcli.cli':\n            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Pressed)\n"
+        "from hamcli.__main__ import main\nmain()"
+    )
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, capture_output=True, text=True, env=ENVIRONMENT, cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (130, "")
+    assert done.stderr == "\nham: interrupted before anything was saved\n"
+
+
 def test_check_and_completion_import_no_torch(sparse, tmp_path):
     code = (
         "import sys\nfrom hamcli.cli import main\n"

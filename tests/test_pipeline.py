@@ -32,6 +32,15 @@ def test_a_device_beyond_those_here_is_refused(tmp_path, monkeypatch):
         sparsify(model=RESNET, target=0.5, device="cuda:2", out=tmp_path / "out")
 
 
+@pytest.mark.parametrize("device", ["auto", "cpu"])
+def test_fp16_is_refused_where_nothing_scales_its_gradients(device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    settings = {"training.precision": "fp16"}
+    with pytest.raises(RecipeError, match=r"E251.*training\.precision: its gradients are scaled"):
+        sparsify(model=RESNET, device=device, out=tmp_path / "out", settings=settings)
+    assert [*tmp_path.iterdir()] == []
+
+
 def test_out_may_be_no_input_of_the_recipe(tmp_path):
     (tmp_path / "held").mkdir()
     settings = {"data.evaluation": str(tmp_path / "held")}

@@ -19,6 +19,7 @@ from hamcli.checkpoint.source import Source, find_model, infer_task
 from hamcli.errors import InputRefused, ResourceError
 from hamcli.optim import jit
 from hamcli.progress import Progress
+from hamcli.runtime.inputs import longest
 
 SEQUENCES, TOKENS = 16, 64
 BYTES_PER_WEIGHT = 30  # weights, gradients, two moments, mask, and what the slower forms take
@@ -209,7 +210,7 @@ def _training(source: Source, progress: Progress) -> tuple[Callable[[], None] | 
     takes_tokens = takes_tokens and not getattr(config, "is_encoder_decoder", False)
     if not takes_tokens or not isinstance(vocabulary, int):
         return None, f"not measured: {type(network).__name__} does not take tokens alone"
-    length = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    length = longest(network, TOKENS)
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(vocabulary, (SEQUENCES, length), generator=generator)
     network.train()

@@ -210,7 +210,8 @@ def conclude(cells: Sequence[RuntimeCell], missing: Mapping[str, str]) -> tuple[
     """What auto gains over dense and over the better engine, and each cell where it does not."""
     ours = [one for one in cells if one.runtime == "auto"]
     ratios = [one.ratio for one in ours]
-    lines = [f"hamcli.load ran {min(ratios):.2f} to {max(ratios):.2f} times as fast as dense."]
+    ends = dict.fromkeys(f"{ratio:.2f}" for ratio in (min(ratios), max(ratios)))
+    lines = [f"hamcli.load ran {' to '.join(ends)} times as fast as dense."]
     if slower := [_cell_words(one) for one in ours if one.ratio <= 1.0]:
         lines.append(f"It gained nothing over dense at {', '.join(slower)}.")
     lost, won = [], 0

@@ -5,7 +5,7 @@ Every batch is a pure function of its number, so a resumed run sees what it woul
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from hamcli.data import images, texts
 from hamcli.data.rows import Table, evaluation_folder, read_table
-from hamcli.errors import InputRefused
+from hamcli.errors import InputRefused, RecipeError
 from hamcli.recipe.schema import DataSection
 
 __all__ = ["Data", "batch", "evaluation_batches", "label_names", "open_data"]
@@ -88,6 +88,7 @@ def open_data(
     no_tokenizer: str = "",
     image_processor: Any,
     config: Any,
+    positions: int | None = None,
 ) -> Data:
     """Read, split and prepare the data of a run.
 
@@ -98,8 +99,10 @@ def open_data(
         no_tokenizer: Why there is none.
         image_processor: Of the model, or None.
         config: The model's config: its labels, sizes and channels.
+        positions: Tokens that the model has a position for; None where their number is free.
 
     Raises:
+        RecipeError: E250, examples of `max_length` tokens have more than the model has positions.
         InputRefused: A source is missing, empty or broken, a column is missing, a label unknown.
     """
     is_image = task == "image-classification"
@@ -125,7 +128,7 @@ def open_data(
             no_tokenizer or "text needs one",
             "tokenizer files beside it",
         )
-    return _text_data(section, train, held, task, tokenizer, config)
+    return _text_data(section, train, held, task, tokenizer, config, positions)
 
 
 def batch(data: Data, micro_step: int, *, batch_size: int, seed: int) -> dict[str, Tensor]:
@@ -306,7 +309,13 @@ def _image_data(
 
 
 def _text_data(
-    section: DataSection, train: Table, held: Table, task: str, tokenizer: Any, config: Any
+    section: DataSection,
+    train: Table,
+    held: Table,
+    task: str,
+    tokenizer: Any,
+    config: Any,
+    positions: int | None,
 ) -> Data:
     unit = "texts"
     if task in ("causal-lm", "masked-lm"):
@@ -327,7 +336,25 @@ def _text_data(
         second = _plain_set(section, held, task, tokenizer, config)
         has_labels = first.labels is not None and second.labels is not None
     notes = (_unknown_note(first, tokenizer, section.source is None),)
+    first = _within(first, section.max_length, positions)
+    second = _within(second, section.max_length, positions)
     return _described(first, second, has_labels, train, held, unit, notes)
+
+
+def _within(part: texts.TokenSet, max_length: int, positions: int | None) -> texts.TokenSet:
+    """The same, filled up to no more tokens than the model has positions."""
+    if positions is None:
+        return part
+    longest = max(map(len, part.ids), default=0)
+    if longest > positions:
+        raise RecipeError(
+            "E250",
+            "the model has fewer positions than the texts have tokens",
+            "data.max_length",
+            f"{positions} positions, a text of {longest} tokens where max_length is {max_length}",
+            f"max_length at most {positions}",
+        )
+    return replace(part, limit=positions)
 
 
 def _described(

@@ -57,6 +57,7 @@ class TokenSet:
         pad_id: Fills short examples.
         rule: Set for masked language models.
         is_causal: Labels are the ids themselves.
+        limit: Tokens that no example passes, filled up or not; None for no limit.
     """
 
     ids: Sequence[Sequence[int]]
@@ -65,6 +66,7 @@ class TokenSet:
     pad_id: int
     rule: MaskRule | None = None
     is_causal: bool = False
+    limit: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -74,6 +76,8 @@ class TokenSet:
         rows = [self.ids[i] for i in indices]
         longest = max(len(row) for row in rows)
         length = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
+        if self.limit is not None:
+            length = max(longest, min(length, self.limit))
         ids = _padded(rows, length, self.pad_id)
         valid = _padded([[1] * len(row) for row in rows], length, 0)
         made = {"input_ids": ids, "attention_mask": valid}

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamcli.checkpoint.positions import learned_positions
 from hamcli.errors import InputRefused
 
 EDGE = 32  # pixels, where neither config nor processor says
@@ -88,8 +89,9 @@ def random_inputs(
 
 def longest(model: Any, length: int) -> int:
     """`length`, or what the model can take where that is less."""
-    known = getattr(model.config, "max_position_embeddings", None)
-    return min(length, known) if isinstance(known, int) and known > 0 else length
+    said = getattr(model.config, "max_position_embeddings", None)
+    known = (learned_positions(model), said if isinstance(said, int) and said > 0 else None)
+    return min([length, *(one for one in known if one is not None)])
 
 
 def image_size(config: Any, processor: Any | None = None) -> tuple[int, int]:

@@ -104,6 +104,11 @@ def test_every_losing_cell_is_named():
     assert text.endswith("onnxruntime: no reason.")
 
 
+def test_one_ratio_is_no_range():
+    text = conclude([cell("dense", 1.0), cell("auto", 0.912), cell("auto", 0.909, (8, 8))], {})[0]
+    assert text == "hamcli.load ran 0.91 times as fast as dense."
+
+
 def test_a_cell_is_named_by_the_tokens_that_ran_not_by_those_asked_for(folder):
     positions = json.loads((folder / "config.json").read_text())["max_position_embeddings"]
     found = bench(folder, shapes=[(1, positions + 1), (1, 9999), (1, 4)])

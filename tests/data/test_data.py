@@ -11,7 +11,7 @@ from PIL import Image
 from hamcli.data import batch, evaluation_batches, label_names, open_data
 from hamcli.data.rows import read_table
 from hamcli.data.texts import IGNORED, MaskRule, align_tags
-from hamcli.errors import InputRefused
+from hamcli.errors import InputRefused, RecipeError
 from hamcli.recipe.schema import DataSection
 
 CONFIG = SimpleNamespace(
@@ -36,9 +36,14 @@ class Letters:
         return [*ids[: limit - 1 if limit else None], 1] if special else ids
 
 
-def opened(task="text-classification", **section):
+def opened(task="text-classification", positions=None, **section):
     return open_data(
-        DataSection(**section), task=task, tokenizer=Letters(), image_processor=None, config=CONFIG
+        DataSection(**section),
+        task=task,
+        tokenizer=Letters(),
+        image_processor=None,
+        config=CONFIG,
+        positions=positions,
     )
 
 
@@ -284,3 +289,22 @@ def test_who_gave_data_that_do_not_suit_the_model_is_not_told_to_give_data(tmp_p
     (note,) = opened("feature-extraction", source=path).notes
     assert "are unknown to the model" in note
     assert "--data" not in note
+
+
+def test_texts_longer_than_the_models_positions_are_refused_before_the_run(tmp_path):
+    rows = [{"text": "x" * 30, "label": "ham"} for _ in range(20)]
+    source = write(tmp_path / "rows.jsonl", rows)
+    with pytest.raises(RecipeError) as refused:
+        opened(source=source, positions=20, max_length=25)
+    assert refused.value.why == "20 positions, a text of 25 tokens where max_length is 25"
+    assert refused.value.right == "max_length at most 20"
+    assert max(map(len, opened(source=source, positions=20, max_length=20).train.ids)) == 20
+
+
+@pytest.mark.parametrize("positions", [20, 21, 24, 400, None])
+def test_filling_up_passes_neither_positions_nor_a_multiple_of_eight(tmp_path, positions):
+    source = write(tmp_path / "rows.jsonl", [{"text": "x" * 17, "label": "ham"} for _ in range(20)])
+    data = opened(source=source, positions=positions, max_length=200)
+    made = batch(data, 0, batch_size=4, seed=0)
+    assert made["input_ids"].shape == (4, min(24, positions or 24))
+    assert made["attention_mask"].sum().item() == 4 * 18

@@ -113,14 +113,17 @@ def _operation() -> Any:
         def __init__(self) -> None:
             self.packed_dtype: Any = None
 
-        def convert(self, input_dict: dict[str, Any], *_: Any, **__: Any) -> dict[str, Any]:
-            """Of each pattern, one tensor or several."""
-            return {
-                key: [self._unpacked(key, one) for one in value]
-                if isinstance(value, list)
-                else self._unpacked(key, value)
-                for key, value in input_dict.items()
-            }
+        def convert(
+            self, input_dict: dict[str, Any], *_: Any, full_layer_name: str = "", **__: Any
+        ) -> dict[str, Any]:
+            """Of each pattern, one tensor or several; faults are told with the whole name."""
+            made = {}
+            for key, value in input_dict.items():
+                name = full_layer_name if full_layer_name.endswith(key) else key
+                one_or_more = value if isinstance(value, list) else [value]
+                dense = [self._unpacked(name, one) for one in one_or_more]
+                made[key] = dense if isinstance(value, list) else dense[0]
+            return made
 
         def _unpacked(self, key: str, tensor: Any) -> Any:
             from hamcli.checkpoint.packed.torch_tensors import is_packed_tensor, unpack_tensor

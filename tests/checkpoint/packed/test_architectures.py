@@ -211,6 +211,19 @@ def test_a_config_that_names_no_dtype_loads_as_the_dense_folder_does(said, dtype
         assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes()
 
 
+def test_a_broken_packed_tensor_is_told_with_its_whole_name(tmp_path, capfd):
+    folder = packed(save(pruned(llama(), 0.9), tmp_path / "dense"), tmp_path / "packed")
+    name = "model.layers.1.mlp.up_proj.weight"
+    for path in folder.glob("*.safetensors"):
+        tensors = load_file(path)
+        tensors[name] = tensors[name][:-9].clone()
+        save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises((InputRefused, RuntimeError)) as refused:
+        loader_of(CAUSAL).from_pretrained(folder)
+    told = str(refused.value) + "".join(capfd.readouterr())
+    assert f"damaged packed tensor: {name}: " in told
+
+
 def test_a_packed_config_without_a_dtype_says_what_to_do(tmp_path):
     dense = save(pruned(llama(), 1.0), tmp_path / "dense")
     folder = packed(dense, tmp_path / "packed")
