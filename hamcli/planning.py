@@ -21,7 +21,7 @@ from hamcli.parallel.parts import refuse_uneven_batch
 from hamcli.parallel.shards import blocks_of
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
-from hamcli.shrinking import Pruning, SizeEstimate, estimate_sizes
+from hamcli.size_estimate import Pruning, SizeEstimate, estimate_sizes
 from hamcli.sparsity.catalogue import COPIES
 from hamcli.sparsity.factors import KINDS
 

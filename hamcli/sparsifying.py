@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from hamcli.calibration import activation_score, calibrate, outliers
-from hamcli.concluding import Conclusion, Trained
+from hamcli.conclusion import Conclusion, Trained
 from hamcli.data import batch, evaluation_batches
 from hamcli.divergence import describe_collapse, refuse_high_loss
 from hamcli.errors import HamError, RecipeError, stopped_by

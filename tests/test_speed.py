@@ -11,7 +11,7 @@ from hamcli.cli.words import layers_of
 from hamcli.completing import complete
 from hamcli.console import Screen
 from hamcli.progress import Silent
-from hamcli.pruning import prune
+from hamcli.pruning.in_memory import prune
 from hamcli.report.records import Report
 from hamcli.runtime.calibrating import Calibration
 from tests.checkpoint import pico

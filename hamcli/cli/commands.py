@@ -157,7 +157,7 @@ def prune(
         watcher.stage("starting")
         from hamcli.completing import complete
         from hamcli.defaults import out_folder
-        from hamcli.streaming import prune as prune_model
+        from hamcli.pruning.by_files import prune as prune_model
 
         read = complete(layers, has_recipe=recipe is not None)
         folder = out or out_folder(read.recipe.model.id or "", read.recipe.sparsity.target)
@@ -219,8 +219,8 @@ def evaluate(
     screen = Screen(quiet=quiet, as_json=as_json)
     with screen.watcher() as watcher:
         watcher.stage("starting")
+        from hamcli.checkpoint_quality import evaluate as evaluate_model
         from hamcli.completing import complete
-        from hamcli.pruning import evaluate as evaluate_model
 
         read = complete(layers, has_recipe=recipe is not None)
         found = evaluate_model(read, against=against, progress=watcher)

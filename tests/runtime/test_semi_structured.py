@@ -13,7 +13,7 @@ from hamcli.cli.words import layers_of
 from hamcli.completing import complete
 from hamcli.errors import UsageError
 from hamcli.progress import Silent
-from hamcli.pruning import prune
+from hamcli.pruning.in_memory import prune
 from hamcli.runtime import loading
 from hamcli.runtime.loading import use_runtime_
 from hamcli.runtime.semi_structured import COLUMNS, DTYPES, ROWS, most_kept, refusal

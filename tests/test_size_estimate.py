@@ -14,7 +14,7 @@ from hamcli.completing import complete
 from hamcli.console import Screen
 from hamcli.planning import plan
 from hamcli.progress import Silent
-from hamcli.shrinking import Pruning, entropy_bytes, estimate_sizes
+from hamcli.size_estimate import Pruning, entropy_bytes, estimate_sizes
 from hamcli.sizes import gzip_bytes
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.targets import select_targets

@@ -7,7 +7,7 @@ import torch
 
 from hamcli.checkpoint.headers import FLOATS, read_header
 from hamcli.checkpoint.source import find_model
-from hamcli.skeletons import by_skeleton
+from hamcli.pruning.skeletons import by_skeleton
 from hamcli.sparsity.families import Undecided
 from hamcli.sparsity.targets import select_targets
 from tests.checkpoint import pico

@@ -30,10 +30,10 @@ from hamcli.checkpoint.sidefiles import copy_side_files, pretty
 from hamcli.checkpoint.source import Source, find_bare, find_model, find_weights, is_bare
 from hamcli.checkpoint.stream import Shard, Writer, open_shards
 from hamcli.completing import input_paths, placed, public_recipe
-from hamcli.cutting import Found, cut_files, parts_of, passes, shapes_of
 from hamcli.errors import InputRefused, RecipeError, UsageError
 from hamcli.native import bits as magnitudes
 from hamcli.progress import Progress
+from hamcli.pruning.chunked import Found, cut_files, parts_of, passes, shapes_of
 from hamcli.recipe import ReadRecipe, Recipe, effective_text
 from hamcli.recipe.schema import WITHOUT_TRAINING, ExportSection
 from hamcli.report.records import (
@@ -79,7 +79,7 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             progress.warn(f"pruned in memory, not file by file: {why}")
     else:
         progress.note(f"pruned in memory, not file by file: {why}")
-    from hamcli.pruning import prune as prune_in_memory
+    from hamcli.pruning.in_memory import prune as prune_in_memory
 
     return prune_in_memory(read, out=out, overwrite=overwrite, progress=progress)
 
@@ -229,7 +229,7 @@ class _OpenedFiles:
                 return by_family(self.source.config, shapes, include, exclude)
             except Undecided as why:
                 self.progress.note(f"torch is loaded to tell the targets: {why}")
-                from hamcli.skeletons import by_skeleton
+                from hamcli.pruning.skeletons import by_skeleton
 
                 return by_skeleton(self.source, shapes, include, exclude)
         except RecipeError as error:

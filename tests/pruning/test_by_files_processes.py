@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.test_streaming import ALBERT, RESNET, by_files
+from tests.pruning.test_by_files import ALBERT, RESNET, by_files
 
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 

@@ -1,6 +1,5 @@
-"""`ham prune`: exact pruning without training, and `ham eval`: quality of a checkpoint."""
+"""`ham prune` in memory: by magnitude, Wanda or SparseGPT, with quality before and after."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,18 +8,17 @@ from torch import Tensor
 from hamcli import __version__, outcome
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.changes import greatest_dropped, histogram_of
+from hamcli.checkpoint_quality import measure_opened
 from hamcli.completing import input_paths
-from hamcli.data import Data, evaluation_batches
-from hamcli.errors import RecipeError, UsageError
-from hamcli.evaluation import Quality, drop, measure
-from hamcli.finishing import finish_folder, reload, write_folder
-from hamcli.layerwise import prune_layers_
+from hamcli.errors import RecipeError
 from hamcli.objective import make_teacher
 from hamcli.opening import Opened, open_run, public_recipe, rules_of, run_identity
 from hamcli.progress import Progress
+from hamcli.pruning.layerwise import prune_layers_
 from hamcli.recipe import ReadRecipe
 from hamcli.recipe.schema import WITHOUT_TRAINING
 from hamcli.report.records import Report
+from hamcli.result_folder import finish_folder, reload, write_folder
 from hamcli.runstate import RunState, check_out
 from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import make_score
@@ -63,9 +61,9 @@ def prune(read: ReadRecipe, *, out: Path, overwrite: bool, progress: Progress) -
             pattern=section.pattern,
         )
         progress.stage("measuring dense and pruned")
-        dense = _measure(opened, teacher, teacher, device)
+        dense = measure_opened(opened, teacher, teacher, device)
         again = reload(opened, written.stage, device)
-        sparse = _measure(opened, again, teacher, device)
+        sparse = measure_opened(opened, again, teacher, device)
         progress.stage("measuring speed")
         speed, no_speed = outcome.measured_speed(opened, again, tensors, device)
         quality = outcome.quality_record(dense, sparse, None, opened.data)
@@ -120,71 +118,3 @@ def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
     masks = choose_masks(targets, rules, due, masks=nonzero, score=score)
     apply_masks_(targets, masks)
     return masks
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Quality of a checkpoint, and of the dense one beside it."""
-
-    metric: str
-    value: float
-    dense: float | None
-    drop: float | None
-    loss: float | None
-    agreement: float | None
-    num_examples: int
-    data: str
-
-
-def evaluate(read: ReadRecipe, *, against: str | None, progress: Progress) -> Evaluation:
-    """Measure a model on held-out data, and its loss of quality against a dense one."""
-    opened = open_run(read, progress, hashed=False)
-    device = torch.device("cpu")
-    teacher = None
-    if against is not None:
-        other = read.recipe.model_copy(
-            update={"model": read.recipe.model.model_copy(update={"id": against})}
-        )
-        teacher = open_run(ReadRecipe(other, read.places), progress, hashed=False).loaded.model
-    if teacher is None and opened.loaded.task == "feature-extraction":
-        raise UsageError(
-            "E104",
-            "nothing to compare with",
-            "--against",
-            "an encoder without a head has no score of its own",
-            "--against DENSE",
-        )
-    progress.stage("measuring")
-    sparse = _measure(opened, opened.loaded.model, teacher, device)
-    dense = _measure(opened, teacher, teacher, device) if teacher is not None else None
-    return _evaluation(sparse, dense, opened.data)
-
-
-def _evaluation(sparse: Quality, dense: Quality | None, data: Data) -> Evaluation:
-    return Evaluation(
-        sparse.metric,
-        sparse.value,
-        dense.value if dense is not None else None,
-        drop(dense, sparse) if dense is not None else None,
-        sparse.loss,
-        sparse.agreement,
-        sparse.num_examples,
-        f"{sparse.num_examples:,} of {data.evaluation_description}",
-    )
-
-
-def _measure(
-    opened: Opened, model: torch.nn.Module, teacher: torch.nn.Module | None, device: torch.device
-) -> Quality:
-    section = opened.recipe.evaluation
-    batches = evaluation_batches(
-        opened.data, batch_size=section.batch_size, examples=section.examples
-    )
-    return measure(
-        model,
-        batches,
-        task=opened.loaded.task,
-        has_labels=opened.data.has_labels,
-        teacher=teacher,
-        device=device,
-    )

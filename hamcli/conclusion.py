@@ -14,7 +14,13 @@ from hamcli import __version__, outcome
 from hamcli.changes import Change, change_of, greatest_dropped
 from hamcli.checkpoint.dense import stored_tensors
 from hamcli.evaluation import Quality
-from hamcli.finishing import (
+from hamcli.opening import Opened, public_recipe
+from hamcli.optim import HAM
+from hamcli.parallel.shards import Shards, whole
+from hamcli.parallel.world import World
+from hamcli.progress import Progress
+from hamcli.report.records import NO_SPEED, EnvironmentRecord, Report, TensorRecord
+from hamcli.result_folder import (
     Written,
     finish_folder,
     finish_levels,
@@ -22,12 +28,6 @@ from hamcli.finishing import (
     write_folder,
     written_tensors,
 )
-from hamcli.opening import Opened, public_recipe
-from hamcli.optim import HAM
-from hamcli.parallel.shards import Shards, whole
-from hamcli.parallel.world import World
-from hamcli.progress import Progress
-from hamcli.report.records import NO_SPEED, EnvironmentRecord, Report, TensorRecord
 from hamcli.runstate import RunState
 from hamcli.saving import History, own_tensors
 from hamcli.sizes import size_record

@@ -6,7 +6,7 @@ from torch import nn
 
 from hamcli.calibration import activation_score, norms, outliers, watch
 from hamcli.errors import RecipeError
-from hamcli.layerwise import as_rows, from_rows, prune_layers_, row_mask
+from hamcli.pruning.layerwise import as_rows, from_rows, prune_layers_, row_mask
 from hamcli.sparsity.counting import num_zeros
 from hamcli.sparsity.reconstruct import sparsegpt
 from hamcli.sparsity.rules import make_rules

@@ -16,15 +16,15 @@ from hamcli.checkpoint.source import find_model
 from hamcli.completing import complete
 from hamcli.errors import HamError
 from hamcli.progress import Silent
+from hamcli.pruning.by_files import prune, prune_files
 from hamcli.recipe import recipe_layer, values_layer
 from hamcli.sparsity.masks import apply_masks_, prune_masks
 from hamcli.sparsity.targets import select_targets
-from hamcli.streaming import prune, prune_files
 from tests.checkpoint import pico
 from tests.checkpoint.pico import edit_config, entry, write_header
 from tests.oracles.safetensors_reader import count_negative_zeros, read_file, read_folder
 
-ASSETS = Path(__file__).parent / "assets"
+ASSETS = Path(__file__).parents[1] / "assets"
 ALBERT, RESNET = ASSETS / "rxnmapper-albert-mlm", ASSETS / "fashion-mnist-resnet-tiny"
 
 
@@ -317,9 +317,9 @@ def test_files_with_more_than_the_network_go_through_memory_which_is_said(tmp_pa
         def warn(self, text):
             told.append(text)
 
-    from hamcli import pruning
+    from hamcli.pruning import in_memory
 
-    monkeypatch.setattr(pruning, "prune", lambda read, **_: gone.append(read))
+    monkeypatch.setattr(in_memory, "prune", lambda read, **_: gone.append(read))
     words = {"model.id": str(tmp_path / "model"), "sparsity.target": 0.5}
     read = complete([values_layer(words, "test")], has_recipe=False)
     prune(read, out=tmp_path / "out", overwrite=False, progress=Watcher())
@@ -340,10 +340,10 @@ def test_files_with_more_than_the_network_go_through_memory_which_is_said(tmp_pa
     ids=str,
 )  # fmt: skip
 def test_what_files_cannot_tell_goes_through_memory(settings, tmp_path, monkeypatch):
-    from hamcli import pruning
+    from hamcli.pruning import in_memory
 
     gone = []
-    monkeypatch.setattr(pruning, "prune", lambda read, **_: gone.append(read))
+    monkeypatch.setattr(in_memory, "prune", lambda read, **_: gone.append(read))
     words = {"model.id": str(RESNET), "sparsity.target": 0.9, **settings}
     read = complete([values_layer(words, "test")], has_recipe=False)
     prune(read, out=tmp_path / "out", overwrite=False, progress=Silent())
@@ -385,7 +385,7 @@ def test_an_input_that_changes_meanwhile_is_refused(meddle, tmp_path):
 
 @pytest.mark.parametrize("model", [ALBERT, RESNET], ids=["albert", "resnet"])
 def test_the_report_of_files_is_that_of_memory(model, tmp_path):
-    from hamcli import pruning
+    from hamcli.pruning import in_memory
 
     words = {
         "model.id": str(model), "sparsity.target": 0.5, "gate.min_sparsity": 0.5,
@@ -394,7 +394,7 @@ def test_the_report_of_files_is_that_of_memory(model, tmp_path):
     read = complete([values_layer(words, "test")], has_recipe=False)
     where = {"overwrite": False, "progress": Silent()}
     one = prune_files(read, out=tmp_path / "one", **where)
-    other = pruning.prune(read, out=tmp_path / "other", **where)
+    other = in_memory.prune(read, out=tmp_path / "other", **where)
     assert one.sparsity == other.sparsity
     assert one.tensors == other.tensors
     assert (one.gate, one.gate.passed) == (other.gate, True)
@@ -403,13 +403,14 @@ def test_the_report_of_files_is_that_of_memory(model, tmp_path):
 
 
 def test_a_model_of_the_hub_is_named_with_its_commit(tmp_path, monkeypatch):
-    from hamcli import completing, streaming
+    from hamcli import completing
+    from hamcli.pruning import by_files as streamed
 
     def found(name, **_):
         assert name == "org/tiny@main"
         return dataclasses.replace(find_model(str(RESNET), hashed=False), revision="c0ffee")
 
-    for room in (completing, streaming):
+    for room in (completing, streamed):
         monkeypatch.setattr(room, "find_model", found)
     report = by_files("org/tiny@main", tmp_path / "out", **{"sparsity.target": 0.5})
     assert (report.model.id, report.model.revision) == ("org/tiny", "c0ffee")

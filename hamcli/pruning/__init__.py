@@ -1,0 +1,1 @@
+"""`ham prune`: exact pruning without training, file by file or in memory."""
