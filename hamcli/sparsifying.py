@@ -1,6 +1,6 @@
 """One run of `ham sparsify`: look at the dense model, train while zeros come, save, go on, stop.
 
-What a trained model becomes is left to `concluding`.
+What a trained model becomes is left to `conclusion`.
 """
 
 import signal

@@ -203,15 +203,15 @@ def test_a_signal_before_the_first_step_is_not_told_as_saved(base, tmp_path, mon
 
 
 def test_a_signal_while_a_run_is_written_leaves_it_saved(base, tmp_path, monkeypatch):
-    from hamcli import concluding
+    from hamcli import conclusion
 
-    real = concluding.write_folder
+    real = conclusion.write_folder
 
     def late(*words):
         os.kill(os.getpid(), signal.SIGTERM)
         return real(*words)
 
-    monkeypatch.setattr(concluding, "write_folder", late)
+    monkeypatch.setattr(conclusion, "write_folder", late)
     with pytest.raises(Preempted, match=r"0 runs were made; .*: saved step [1-9]"):
         compare(base(), SMALL, out=tmp_path / "out")
 
