@@ -8,6 +8,7 @@ already is left alone; one that fails leaves nothing behind. Every split and eve
 
     fashion-mnist   train.parquet 60,000 and test.parquet 10,000 images 28 x 28, ten classes
     fashion-resnet  the tiny ResNet of the tests
+    fashion-mlp     an untrained multilayer perceptron for the same images
     moses           train.txt 200,000 and test.txt 20,000 molecules, one SMILES string a line
     rxnfp           BERT masked language model of reaction SMILES
     rxnmapper       ALBERT masked language model of reaction SMILES
@@ -207,6 +208,32 @@ def fashion_resnet(made: Path, work: Path, assets: Path) -> None:
     copy_files(folder if folder.is_dir() else FIXTURES / folder.name, made)
 
 
+def fashion_mlp(made: Path, work: Path, assets: Path) -> None:
+    """A multilayer perceptron in transformers' words: a ConvNeXt whose one patch is the image.
+
+    784 pixels to 128 features, one residual layer of 512, ten classes; its depthwise convolution
+    sees a single place. Untrained, from a fixed seed.
+    """
+    import torch
+    from transformers import ConvNextConfig, ConvNextForImageClassification
+
+    known = json.loads((FIXTURES / "fashion-mnist-resnet-tiny" / "config.json").read_text("utf-8"))
+    config = ConvNextConfig(
+        num_channels=1,
+        image_size=28,
+        patch_size=28,
+        num_stages=1,
+        hidden_sizes=[128],
+        depths=[1],
+        layer_scale_init_value=1.0,
+        initializer_range=0.05,
+        id2label={int(key): name for key, name in known["id2label"].items()},
+        label2id=known["label2id"],
+    )
+    torch.manual_seed(0)
+    ConvNextForImageClassification(config).save_pretrained(made)
+
+
 # Molecules
 
 
@@ -392,6 +419,7 @@ def write_lines(path: Path, lines: list[str]) -> None:
 SETS: dict[str, Callable[[Path, Path, Path], None]] = {
     "fashion-mnist": fashion_mnist,
     "fashion-resnet": fashion_resnet,
+    "fashion-mlp": fashion_mlp,
     "moses": moses,
     "rxnfp": rxnfp,
     "rxnmapper": rxnmapper,

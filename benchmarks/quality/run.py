@@ -3,6 +3,7 @@
     python benchmarks/quality/run.py PRESET --cache DIR --out DIR [--small | --full] [--keep]
 
     fashion    tiny ResNet on Fashion-MNIST, 90, 95 and 98 %
+    mlp        multilayer perceptron on the same, from its own dense training
     rxnfp      BERT masked language model on MOSES SMILES, 80, 90 and 95 %
     rxnmapper  ALBERT masked language model on the same
     spam       MiniLM on mails, 80 and 90 %, from its own dense fine-tune
@@ -43,7 +44,7 @@ class Preset:
         recipe: Shipped recipe below the settings.
         settings: Over the recipe; `{cache}` stands for the folder of sets.
         grid: Methods, sparsities, seeds, trials.
-        head: Settings of the dense fine-tune that gives the model its head; None needs none.
+        head: Settings of the dense training that makes the model, or its head; None needs none.
     """
 
     model: str
@@ -76,15 +77,25 @@ def labelled(name: str) -> Preset:
     return Preset("builtin:minilm", "text-classifier-90", data, LABELLED_GRID, HEAD)
 
 
+IMAGES = {
+    "data.source": "{cache}/fashion-mnist/train.parquet",
+    "data.evaluation": "{cache}/fashion-mnist/test.parquet",
+}
+IMAGES_GRID = Grid(("dense", "gradual", "ac-dc", "rigl", "str"), (0.9, 0.95, 0.98), (0, 1, 2))
+# a depthwise convolution over one place has 48 weights of 49 that see nothing
+MLP = {**IMAGES, "targets.exclude": ["classifier", "*.dwconv"], "optimizer.lr": 0.01}
+MLP_HEAD = {
+    "sparsity.target": 0.0,
+    "training.steps": 4000,
+    "optimizer.lr": 1e-3,
+    "objective.task": 1.0,
+    "objective.distill.logits": 0.0,
+}
+
 PRESETS = {
-    "fashion": Preset(
-        "{cache}/fashion-resnet",
-        "image-classifier-95",
-        {
-            "data.source": "{cache}/fashion-mnist/train.parquet",
-            "data.evaluation": "{cache}/fashion-mnist/test.parquet",
-        },
-        Grid(("dense", "gradual", "ac-dc", "rigl", "str"), (0.9, 0.95, 0.98), (0, 1, 2)),
+    "fashion": Preset("{cache}/fashion-resnet", "image-classifier-95", IMAGES, IMAGES_GRID),
+    "mlp": Preset(
+        "{cache}/fashion-mlp", "image-classifier-95", MLP, replace(IMAGES_GRID, trials=5), MLP_HEAD
     ),
     "rxnfp": Preset("{cache}/rxnfp", "masked-lm-80", MASKED, MASKED_GRID),
     "rxnmapper": Preset("{cache}/rxnmapper", "masked-lm-80", MASKED, MASKED_GRID),
