@@ -169,7 +169,9 @@ class SparsitySection(Section):
     freeze_last: float = Field(
         0.3, ge=0.0, lt=1.0, description="share of the run that trains the final zeros only"
     )
-    update_every: float = Field(0.01, gt=0.0, le=1.0, description="share of the run")
+    update_every: Literal["auto"] | Annotated[float, Field(gt=0.0, le=1.0)] = Field(
+        "auto", description="share of the run; auto = 0.05 for rigl, else 0.01"
+    )
     min_sparsity: Fraction = Field(0.0, description="of every single tensor")
     max_sparsity: Fraction = Field(1.0, description="of every single tensor")
     phase: float = Field(0.05, gt=0.0, le=0.25, description="of ac-dc: share of the run")

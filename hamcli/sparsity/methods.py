@@ -10,6 +10,7 @@ on weights and not in the graph.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -218,7 +219,7 @@ def make_sparsifier(
     pattern: str = "unstructured",
     ramp_start: float = 0.0,
     freeze_last: float = 0.3,
-    update_every: float = 0.01,
+    update_every: float | Literal["auto"] = "auto",
     min_sparsity: float = 0.0,
     max_sparsity: float = 1.0,
     score: Score = magnitude,
@@ -239,7 +240,8 @@ def make_sparsifier(
         pattern: unstructured, N:M or block:RxC.
         ramp_start: Share of the run before the first zeros.
         freeze_last: Share of the run that trains the final zeros only.
-        update_every: Share of the run between two choices of masks.
+        update_every: Share of the run between two choices of masks; auto is 0.05 for rigl, whose
+            new connections begin at zero and need steps to grow, and 0.01 for the others.
         min_sparsity: Lowest sparsity of each tensor at the end.
         max_sparsity: Highest sparsity of each tensor.
         score: Weights → scores of 0 or more, the larger is kept.
@@ -269,6 +271,8 @@ def make_sparsifier(
         max_sparsity=max_sparsity,
         outliers=outliers,
     )
+    if update_every == "auto":
+        update_every = 0.05 if method == "rigl" else 0.01
     times = Times(
         steps, ramp_start, freeze_last, update_every, phase, drop_fraction, cycles, start_sparsity
     )

@@ -244,6 +244,37 @@ def test_rigl_keeps_the_counts_of_erk_and_grows_from_zero():
     assert (run.targets.params[0][grown] != 0).all()
 
 
+@pytest.mark.parametrize(("words", "every"), [({}, 5), ({"update_every": 0.2}, 20)])
+def test_rigl_lets_what_is_new_grow_before_the_next_exchange(words, every):
+    targets = Run("rigl").targets
+    section = SparsitySection(method="rigl", target=0.75, **words)
+    course = make_course(section, targets, Net(), steps=100, seed=0)
+    before = None
+    changed = []
+    for step in range(71):
+        for param in targets.params:
+            param.grad = torch.randn_like(param)
+        course.after_step(step)
+        masks = torch.cat([mask.flatten() for mask in course.sparsifier.masks])
+        if before is not None and not torch.equal(masks, before):
+            changed.append(step)
+        before = masks.clone()
+    due = list(range(every, 70, every))
+    assert changed[:2] == due[:2]
+    assert set(changed) <= set(due)  # near the end the annealed share is less than a weight
+
+
+def test_every_other_method_chooses_masks_a_hundred_times_a_run():
+    section = SparsitySection(method="gradual", target=0.75)
+    assert section.update_every == "auto"
+    run = Run("gradual", update_every="auto")
+    given = Run("gradual", update_every=0.01)
+    for one in (run, given):
+        one.train()
+    for left, right in zip(run.targets.params, given.targets.params, strict=True):
+        assert torch.equal(left, right)
+
+
 # --- cyclic
 
 
