@@ -7,8 +7,8 @@ SPINS = "5000"
 """Turns that a thread of libgomp waits awake, some microseconds; its own count is 300,000.
 
 Where another process holds a core, a thread that waits awake for one that does not run keeps it
-from running: with its own count a step of training took 1.9 times as long there
-(benchmarks/thread_waiting.py). On a quiet machine nothing is lost; with no turns at all 7 % were.
+from running: with libgomp's count a step of training took 1.9 times as long there, and alone as
+long (benchmarks/thread_waiting.py).
 """
 
 
