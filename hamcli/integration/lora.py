@@ -31,7 +31,8 @@ def keep_zeros(config: LoraConfig) -> LoraConfig:
     Args:
         config: Plain LoRA, with dropout, rank-stabilised scaling or bias if wanted; changed, and
             returned. A variant such as DoRA is refused by `get_peft_model` (UsageError E116): its
-            change of a weight is not this sum.
+            change of a weight is not this sum. So is a start that changes the base weight, as
+            PiSSA's and OLoRA's: the zeros would be gone before the first step.
 
     """
     # PEFT's own way of giving a layer type a LoRA of its own; experimental there
@@ -75,12 +76,21 @@ class MaskedLinear(Linear):  # type: ignore[misc,unused-ignore]  # Any to mypy w
         """Add an adapter.
 
         Raises:
-            UsageError: E116, it is no plain LoRA.
+            UsageError: E116, it is no plain LoRA, or begins by changing zeros of the base weight.
         """
+        weight = _base_weight(self)
+        before = weight.detach().clone()
         super().update_layer(adapter_name, *args, **kwargs)
         if adapter_name in self.lora_variant:
             name = type(self.lora_variant[adapter_name]).__name__
             raise _unfit(f"{name} is another sum", "plain LoRA")
+        # PiSSA and OLoRA take the adapter's first product out of the weight, zeros and all
+        if not weight.is_meta and not torch.equal(weight == 0, before == 0):
+            weight.data = before
+            raise _unfit(
+                "the adapter begins by writing into zeros of the base weight",
+                "init_lora_weights=True",
+            )
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """What the adapter adds to the weight, [out, in]; zero where the weight is zero."""

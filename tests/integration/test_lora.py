@@ -151,3 +151,13 @@ def test_a_batch_of_mixed_adapters_is_refused(sparse):
     adapted = trained(sparse, keep_zeros(LoraConfig(**OPTIONS)))
     with pytest.raises(UsageError, match=r"E116.*mixes"):
         adapted(input_ids=IDS, adapter_names=["default"] * 3 + ["__base__"])
+
+
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_start_that_moves_the_base_weights_is_refused_and_leaves_them(sparse, start):
+    config = keep_zeros(LoraConfig(**OPTIONS, init_lora_weights=start))
+    model = copy.deepcopy(sparse)
+    with pytest.raises(UsageError, match=r"E116.*zeros of the base weight.*init_lora_weights=True"):
+        get_peft_model(model, config)
+    held = {name.replace(".base_layer", ""): one for name, one in model.state_dict().items()}
+    assert all(torch.equal(held[name], one) for name, one in sparse.state_dict().items())
