@@ -43,14 +43,23 @@ def find_inputs(recipe: Recipe) -> Inputs:
     """
     assert recipe.model.id is not None
     source = find_model(recipe.model.id, config=recipe.model.config)
-    named = [name for name in (recipe.data.source, recipe.data.evaluation) if name is not None]
-    folders = {Path(name).name: _listing(Path(name)) for name in named if Path(name).is_dir()}
     return Inputs(
         dict(source.files),
         source.revision,
-        {**data_digests(recipe), **folders},
+        _with_folders(data_digests(recipe), recipe),
         {"ham": __version__, **installed_versions()},
     )
+
+
+def _with_folders(digests: dict[str, str], recipe: Recipe) -> dict[str, str]:
+    """The digests of files, and by the same names those of folders."""
+    found = dict(digests)
+    for name in dict.fromkeys((recipe.data.source, recipe.data.evaluation)):
+        if name is not None and Path(name).is_dir():
+            key = Path(name).name
+            # two folders of one name in two folders, or a folder and a file
+            found[f"{key} (evaluation)" if key in found else key] = _listing(Path(name))
+    return found
 
 
 def _listing(folder: Path) -> str:

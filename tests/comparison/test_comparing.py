@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 
 from hamcli.cli import app
 from hamcli.comparison import Grid, compare, comparing, running
+from hamcli.comparison.cells import find_inputs
 from hamcli.comparison.grid import Arm, Cell, cell_recipe
 from hamcli.errors import Preempted, RecipeError, UsageError
 from hamcli.opening import open_run
@@ -157,6 +158,18 @@ def test_other_data_or_steps_are_other_cells(base, pictures):
     assert key(base().recipe) != key(base(**{"training.steps": 5}).recipe)
     narrow = base(**{"data.source": str(pictures / "train")}).recipe
     assert key(narrow, comparing.find_inputs(narrow)) != key(base().recipe)
+
+
+def test_a_change_in_either_of_two_folders_of_one_name_is_other_data(base, tmp_path):
+    folders = [tmp_path / part / "images" for part in ("train", "test")]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    read = base(**{"data.source": str(folders[0]), "data.evaluation": str(folders[1])})
+    found = [find_inputs(read.recipe).data]
+    for folder in folders:
+        (folder / "new.png").write_bytes(b"new")
+        found.append(find_inputs(read.recipe).data)
+    assert len({json.dumps(one, sort_keys=True) for one in found}) == 3
 
 
 @pytest.mark.parametrize("stop_at", [6, 18])  # in a trial; in a cell
