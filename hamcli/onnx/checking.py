@@ -18,10 +18,17 @@ TOLERANCE = 1e-4
 
 @dataclass(frozen=True, slots=True)
 class WeightCount:
-    """Zeros among the matrices of a file, counted in its initializers."""
+    """Zeros among the matrices of a file, counted in its initializers.
+
+    Attributes:
+        zeros: Of the matrices.
+        total: Elements of the matrices.
+        left_out: Parameters that are not in the file, since no output depends on them.
+    """
 
     zeros: int
     total: int
+    left_out: tuple[str, ...] = ()
 
 
 def open_session(path: Path, threads: int = 1) -> Any:
@@ -70,15 +77,22 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
     return float((found - expected).abs().max()) / scale
 
 
-def count_weights(model: nn.Module, path: Path, zeros_on_disk: Mapping[str, int]) -> WeightCount:
+def count_weights(
+    model: nn.Module,
+    path: Path,
+    zeros_on_disk: Mapping[str, int],
+    inputs: Mapping[str, Tensor] | None = None,
+) -> WeightCount:
     """Zeros of the matrices of `model` as they lie in the file.
 
-    Equal tensors may lie there once, under one of their names.
+    Equal tensors may lie there once, under one of their names; what no output depends on may not
+    lie there at all.
 
     Args:
         model: As it was written.
         path: The file.
         zeros_on_disk: Name of a tensor in the checkpoint -> its zeros.
+        inputs: Of the model, to see what its outputs depend on; None where all must be there.
 
     Raises:
         InputRefused: E472, a parameter is missing, has other bits, or has other zeros than the
@@ -87,11 +101,15 @@ def count_weights(model: nn.Module, path: Path, zeros_on_disk: Mapping[str, int]
     weights = weights_of(path)
     contents = {_content(one) for one in weights.values()}
     zeros = total = 0
+    left_out: list[str] = []
     for name, param in model.named_parameters():
         values = param.detach().numpy()
         in_file = weights.get(name)
         if in_file is None and _content(values) in contents:
             in_file = values
+        if in_file is None and inputs and _is_without_effect(model, param, inputs):
+            left_out.append(name)
+            continue
         if in_file is None or _content(in_file) != _content(values):
             _refuse(path, f"{name} is not in it bit for bit")
         count = in_file.size - int(np.count_nonzero(in_file))
@@ -100,7 +118,15 @@ def count_weights(model: nn.Module, path: Path, zeros_on_disk: Mapping[str, int]
             _refuse(path, f"{name} has {count:,} zeros, {on_disk:,} in the checkpoint")
         if param.dim() >= 2:
             zeros, total = zeros + count, total + param.numel()
-    return WeightCount(zeros, total)
+    return WeightCount(zeros, total, tuple(left_out))
+
+
+def _is_without_effect(model: nn.Module, param: Tensor, inputs: Mapping[str, Tensor]) -> bool:
+    """Whether no output depends on a parameter, as on the token of hidden patches of DINOv2."""
+    with torch.enable_grad():
+        found = PlainModel(model, tuple(inputs)).named_outputs(*inputs.values())
+        outputs = [one.sum() for one in found.values() if one.requires_grad]
+        return torch.autograd.grad(outputs, [param], allow_unused=True)[0] is None
 
 
 def _content(values: Any) -> tuple[Sequence[int], bytes]:

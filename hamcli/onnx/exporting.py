@@ -1,5 +1,6 @@
 """`ham export --format onnx`: a model folder -> an ONNX file, checked before it appears."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from hamcli.checkpoint.recount import count_zeros
 from hamcli.checkpoint.source import find_model
 from hamcli.errors import InputRefused
 from hamcli.exporting import copy_beside, files_of
-from hamcli.onnx.checking import count_weights, greatest_error
+from hamcli.onnx.checking import WeightCount, count_weights, greatest_error
 from hamcli.onnx.graph import OPSET, require_onnx, write_graph
 from hamcli.progress import Progress
 from hamcli.runstate import RunState, disk_errors
@@ -79,8 +80,9 @@ def export_onnx(path: Path, *, out: Path, overwrite: bool, progress: Progress) -
         stage = run.stage()
         with disk_errors("cannot write the model", stage):
             copy_beside(path, stage)
-            names, outputs, error = _write(loaded, stage / GRAPH, progress)
-        count = count_weights(loaded.model, stage / GRAPH, zeros)
+            names, outputs, error, count = _write(loaded, stage / GRAPH, zeros, progress)
+        for name in count.left_out:
+            progress.note(f"not in the graph, since no output depends on it: {name}")
         files = files_of(stage)
         for text in run.publish(stage):
             progress.warn(text)
@@ -92,8 +94,8 @@ def export_onnx(path: Path, *, out: Path, overwrite: bool, progress: Progress) -
 
 
 def _write(
-    loaded: LoadedModel, target: Path, progress: Progress
-) -> tuple[tuple[str, ...], tuple[str, ...], float]:
+    loaded: LoadedModel, target: Path, zeros: Mapping[str, int], progress: Progress
+) -> tuple[tuple[str, ...], tuple[str, ...], float, WeightCount]:
     model, processor = loaded.model, loaded.image_processor
     names = input_names(model, loaded.tokenizer)
 
@@ -107,4 +109,5 @@ def _write(
     outputs = write_graph(model, inputs(*TRACED), target)
     progress.stage("comparing with torch")
     error = greatest_error(model, target, [inputs(*one) for one in TRIED])
-    return names, outputs, error
+    count = count_weights(model, target, zeros, inputs(*TRACED))
+    return names, outputs, error, count

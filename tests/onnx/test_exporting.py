@@ -222,3 +222,23 @@ def test_the_command_prints_the_error_and_the_zeros(tmp_path):
     again = ham("export", "model", "--format", "onnx", cwd=tmp_path, code=2)
     assert_clean_error(again, "E112")
     assert_clean_error(ham("export", "model", "--format", "tf", cwd=tmp_path, code=2), "E118")
+
+
+def test_a_weight_that_no_output_depends_on_is_left_out_and_told(tmp_path):
+    import transformers
+
+    sizes = {key: value for key, value in pico.SMALL.items() if key != "vocab_size"}
+    config = transformers.Dinov2Config(**sizes, image_size=16, patch_size=4, num_labels=3)
+    model = sparse(pico.seeded(transformers.Dinov2ForImageClassification, config))
+    folder = pico.save(model, tmp_path / "dense")
+    heard = []
+    progress = Silent()
+    progress.note = heard.append
+    found = export_onnx(folder, out=tmp_path / "onnx", overwrite=False, progress=progress)
+    mask = model.dinov2.embeddings.mask_token  # of images with patches hidden, in training alone
+    assert heard == [
+        "not in the graph, since no output depends on it: dinov2.embeddings.mask_token"
+    ]
+    matrices = [one for one in model.parameters() if one.dim() >= 2 and one is not mask]
+    assert found.total == sum(one.numel() for one in matrices)
+    assert found.zeros == sum(int((one == 0).sum()) for one in matrices)
