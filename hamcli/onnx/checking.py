@@ -1,6 +1,7 @@
 """A written ONNX file against the model it came from: outputs, weights and zeros."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -51,15 +52,18 @@ def greatest_error(model: nn.Module, path: Path, trials: Iterable[Mapping[str, T
         trials: Inputs, of other shapes than those that it was traced with.
 
     Raises:
-        InputRefused: E472, it is above `TOLERANCE`, or an output has another shape.
+        InputRefused: E472, it is above `TOLERANCE`, an output has another shape, or onnxruntime
+            cannot run the file.
     """
-    session = open_session(path)
+    with _running(path):
+        session = open_session(path)
     worst = 0.0
     for inputs in trials:
         plain = PlainModel(model, tuple(inputs))
         with torch.no_grad():
             expected = plain.named_outputs(*inputs.values())
-        found = session.run(list(expected), {name: one.numpy() for name, one in inputs.items()})
+        with _running(path):
+            found = session.run(list(expected), {name: one.numpy() for name, one in inputs.items()})
         for name, one in zip(expected, found, strict=True):
             error = relative_error(torch.from_numpy(one), expected[name])
             if not error <= TOLERANCE:
@@ -67,6 +71,15 @@ def greatest_error(model: nn.Module, path: Path, trials: Iterable[Mapping[str, T
                 _refuse(path, f"{name} is off by {error:.2g} for inputs of {shape}")
             worst = max(worst, error)
     return worst
+
+
+@contextmanager
+def _running(path: Path) -> Iterator[None]:
+    """Refuse what onnxruntime cannot run, as a loop that was traced for one length."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - its kinds of errors have no parent of their own
+        _refuse(path, f"onnxruntime: {type(error).__name__}: {str(error)[:160]}")
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:

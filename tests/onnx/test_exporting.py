@@ -242,3 +242,20 @@ def test_a_weight_that_no_output_depends_on_is_left_out_and_told(tmp_path):
     matrices = [one for one in model.parameters() if one.dim() >= 2 and one is not mask]
     assert found.total == sum(one.numel() for one in matrices)
     assert found.zeros == sum(int((one == 0).sum()) for one in matrices)
+
+
+def test_a_graph_that_onnxruntime_cannot_run_is_refused(tmp_path):
+    import transformers
+
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4
+    )
+    folder = pico.save(pico.seeded(transformers.MambaForCausalLM, config), tmp_path / "mamba")
+    out = tmp_path / "onnx"  # its scan is traced step by step, for one length
+    pico.refusal(
+        "E472", "onnxruntime", export_onnx, folder, out=out, overwrite=False, progress=Silent()
+    )
+    assert not out.exists()
+    model = pico.bert()
+    (tmp_path / "model.onnx").write_bytes(b"no graph")
+    pico.refusal("E472", "onnxruntime", checking.greatest_error, model, tmp_path / "model.onnx", [])
