@@ -27,7 +27,7 @@ from hamcli.benchmarking.measuring import Clock, Job, ratio_spread, spread, time
 from hamcli.benchmarking.model import environment, warn_if_busy
 from hamcli.checkpoint.loading import load_model
 from hamcli.checkpoint.source import find_model
-from hamcli.errors import HamError, UsageError
+from hamcli.errors import HamError, UsageError, printable
 from hamcli.onnx.checking import open_session, relative_error
 from hamcli.onnx.graph import PlainModel, require_onnx, write_graph
 from hamcli.progress import Progress
@@ -280,9 +280,12 @@ def _runs(
     graph: Path | None,
     threads: int,
     times: Calibration,
-    missing: Mapping[str, str],
+    missing: dict[str, str],
 ) -> tuple[dict[str, Run], int]:
-    """Every runtime that can run here, and how many modules auto made sparse."""
+    """Every runtime that can run here, and how many modules auto made sparse.
+
+    An engine that fails at one of the inputs is put into `missing`.
+    """
     rows = [math.prod(one["input_ids"].shape) for one in inputs.values() if "input_ids" in one]
     auto, csr = _twin(dense), _twin(dense)
     replaced = use_runtime_(auto, "auto", rows=rows or [shape[0] for shape in inputs],
@@ -293,11 +296,24 @@ def _runs(
         "auto": _torch_run(auto, names),
         "csr": _torch_run(csr, names),
     }
-    if graph is not None and "onnxruntime" not in missing:
-        runs["onnxruntime"] = _onnxruntime_run(graph, threads)
-    if graph is not None and "openvino" not in missing:
-        runs["openvino"] = _openvino_run(graph, threads)
+    makers = {"onnxruntime": _onnxruntime_run, "openvino": _openvino_run}
+    for name, make in makers.items():
+        if graph is None or name in missing:
+            continue
+        try:
+            run = make(graph, threads)
+            for values in inputs.values():
+                run(values)
+        except Exception as error:  # noqa: BLE001 - their kinds of errors have no common parent
+            missing[name] = f"cannot run the graph: {_first_line(error)}"
+        else:
+            runs[name] = run
     return runs, len(replaced)
+
+
+def _first_line(error: Exception) -> str:
+    first = (str(error).strip().splitlines() or [""])[0]
+    return f"{type(error).__name__}: {printable(first[:160])}"
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -73,6 +73,19 @@ def test_images_are_counted_by_rows_alone():
     assert found.unit == "images"
 
 
+def test_an_engine_that_cannot_run_the_graph_has_a_line_and_no_cell(tmp_path):
+    import transformers
+
+    config = transformers.MambaConfig(
+        hidden_size=32, num_hidden_layers=1, vocab_size=64, state_size=4
+    )
+    folder = pico.save(pico.seeded(transformers.MambaForCausalLM, config), tmp_path / "mamba")
+    found = bench(folder, shapes=[(1, 8)])  # its scan is traced step by step, for one length
+    assert {one.runtime for one in found.cells} == {"dense", "auto", "csr"}
+    assert found.missing["onnxruntime"].startswith("cannot run the graph: InvalidArgument: ")
+    assert any(line.startswith("onnxruntime: cannot run") for line in found.conclusions)
+
+
 def test_an_engine_that_is_not_there_has_a_line_and_no_cell(folder, monkeypatch):
     monkeypatch.setitem(runtime.ENGINES, "openvino", "no-such-package")
     found = bench(folder, shapes=[(1, 4)])
