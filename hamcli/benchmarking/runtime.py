@@ -28,7 +28,7 @@ from hamcli.benchmarking.model import environment, warn_if_busy
 from hamcli.checkpoint.loading import load_model
 from hamcli.checkpoint.source import find_model
 from hamcli.errors import HamError, UsageError, printable
-from hamcli.onnx.checking import open_session, relative_error
+from hamcli.onnx.checking import TOLERANCE, open_session, relative_error
 from hamcli.onnx.graph import PlainModel, require_onnx, write_graph
 from hamcli.progress import Progress
 from hamcli.runtime import use_runtime_
@@ -284,7 +284,7 @@ def _runs(
 ) -> tuple[dict[str, Run], int]:
     """Every runtime that can run here, and how many modules auto made sparse.
 
-    An engine that fails at one of the inputs is put into `missing`.
+    An engine that fails at one of the inputs, or computes something else, is put into `missing`.
     """
     rows = [math.prod(one["input_ids"].shape) for one in inputs.values() if "input_ids" in one]
     auto, csr = _twin(dense), _twin(dense)
@@ -302,10 +302,12 @@ def _runs(
             continue
         try:
             run = make(graph, threads)
-            for values in inputs.values():
-                run(values)
+            errors = [relative_error(run(one), runs[BASELINE](one)) for one in inputs.values()]
         except Exception as error:  # noqa: BLE001 - their kinds of errors have no common parent
             missing[name] = f"cannot run the graph: {_first_line(error)}"
+            continue
+        if wrong := [one for one in errors if not one <= TOLERANCE]:  # NaN is above nothing
+            missing[name] = f"its output is off by {max(wrong):.2g}"
         else:
             runs[name] = run
     return runs, len(replaced)

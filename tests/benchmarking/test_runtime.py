@@ -86,6 +86,19 @@ def test_an_engine_that_cannot_run_the_graph_has_a_line_and_no_cell(tmp_path):
     assert any(line.startswith("onnxruntime: cannot run") for line in found.conclusions)
 
 
+def test_an_engine_that_computes_something_else_is_no_measure(folder, monkeypatch):
+    real = runtime._onnxruntime_run
+
+    def wrong(graph, threads):
+        run = real(graph, threads)
+        return lambda values: run(values)[:, :1]
+
+    monkeypatch.setattr(runtime, "_onnxruntime_run", wrong)
+    found = bench(folder, shapes=[(1, 8)])
+    assert found.missing["onnxruntime"] == "its output is off by inf"
+    assert "onnxruntime" not in {one.runtime for one in found.cells}
+
+
 def test_an_engine_that_is_not_there_has_a_line_and_no_cell(folder, monkeypatch):
     monkeypatch.setitem(runtime.ENGINES, "openvino", "no-such-package")
     found = bench(folder, shapes=[(1, 4)])
