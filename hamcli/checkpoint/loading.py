@@ -35,6 +35,7 @@ from hamcli.checkpoint.folder import (
 from hamcli.checkpoint.preprocessing import (
     find_image_processor,
     find_tokenizer,
+    settle_padding,
 )
 from hamcli.checkpoint.reading import (
     TORCH_DTYPES,
@@ -138,6 +139,8 @@ def load_model(
         loaded = _load(source, task, dtype, id2label, allow_new_head, seed)
         tokenizer, no_tokenizer = find_tokenizer(source, task, loaded.model)
         processor, no_processor = find_image_processor(source, loaded.model)
+    is_classifier = task == "text-classification"
+    padding = settle_padding(loaded.model, tokenizer) if is_classifier else ()
     return LoadedModel(
         model=loaded.model,
         tokenizer=tokenizer,
@@ -147,7 +150,7 @@ def load_model(
         dropped=loaded.dropped,
         no_tokenizer=no_tokenizer,
         no_image_processor=no_processor,
-        notes=loaded.notes,
+        notes=(*loaded.notes, *padding),
     )
 
 

@@ -51,6 +51,27 @@ def _misfit(tokenizer: Any, model: Any) -> str:
     return ""
 
 
+def padding_id(tokenizer: Any) -> int:
+    """The token that fills short rows."""
+    known = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    return next((int(one) for one in known if one is not None), 0)
+
+
+def settle_padding(model: Any, tokenizer: Any | None) -> tuple[str, ...]:
+    """Name the token that fills short rows where the config of a text classifier names none.
+
+    One on a decoder classifies by the last token before them, and takes no batch of rows without.
+
+    Returns:
+        What a user should hear of it.
+    """
+    config = model.config.get_text_config()
+    if tokenizer is None or getattr(config, "pad_token_id", None) is not None:
+        return ()
+    config.pad_token_id = padding_id(tokenizer)
+    return (f"the config names no token for padding: {config.pad_token_id} is taken",)
+
+
 def find_image_processor(source: Source, model: Any) -> tuple[Any | None, str]:
     """The image processor, or None and why."""
     if getattr(model, "main_input_name", "") != "pixel_values":

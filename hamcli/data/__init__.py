@@ -13,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from hamcli.checkpoint.preprocessing import padding_id
 from hamcli.data import images, texts
 from hamcli.data.rows import Table, evaluation_folder, read_table
 from hamcli.errors import InputRefused, RecipeError
@@ -403,13 +404,6 @@ def _mask_rule(section: DataSection, tokenizer: Any, config: Any) -> texts.MaskR
     )
 
 
-def _pad_id(tokenizer: Any) -> int:
-    for found in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if found is not None:
-            return int(found)
-    return 0
-
-
 def _language_set(
     section: DataSection, table: Table, tokenizer: Any, packs: bool, rule: texts.MaskRule | None
 ) -> texts.TokenSet:
@@ -421,7 +415,7 @@ def _language_set(
         ids, _ = texts.encode(tokenizer, lines, None, max_length=length, special=True)
     minimum = 2 if rule is None else 1
     kept = [row for row in ids if len(row) >= minimum]
-    return texts.TokenSet(kept, None, None, _pad_id(tokenizer), rule, rule is None)
+    return texts.TokenSet(kept, None, None, padding_id(tokenizer), rule, rule is None)
 
 
 def _plain_set(
@@ -433,7 +427,7 @@ def _plain_set(
         pairs = _strings(table, _column(table, section.text_pair, "text"))
     ids, types = texts.encode(tokenizer, lines, pairs, max_length=section.max_length, special=True)
     labels = _class_ids(section, table, config) if task == "text-classification" else None
-    return texts.TokenSet(ids, types, labels, _pad_id(tokenizer))
+    return texts.TokenSet(ids, types, labels, padding_id(tokenizer))
 
 
 def _tag_set(section: DataSection, table: Table, tokenizer: Any, config: Any) -> texts.TokenSet:
@@ -451,7 +445,7 @@ def _tag_set(section: DataSection, table: Table, tokenizer: Any, config: Any) ->
             raise InputRefused("E454", "not text", table.row(index), f"{row!r}"[:80], "strings")
     numbered = _label_ids(table, tags, config)
     ids, labels = texts.align_tags(tokenizer, words, numbered, section.max_length)
-    return texts.TokenSet(ids, None, labels, _pad_id(tokenizer))
+    return texts.TokenSet(ids, None, labels, padding_id(tokenizer))
 
 
 def _unknown_note(first: texts.TokenSet, tokenizer: Any, is_builtin: bool) -> str:

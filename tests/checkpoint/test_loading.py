@@ -28,6 +28,7 @@ from tests.checkpoint.pico import (
     mixtral,
     refusal,
     save,
+    seeded,
     vit,
 )
 from tests.oracles.safetensors_reader import read_file
@@ -225,6 +226,29 @@ def test_new_head_has_the_labels_and_the_same_bytes_each_time(bert_folder: Path)
     assert int(first.model.classifier.weight.count_nonzero()) == 96
     assert_same_state(first.model, second.model)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_new_head_on_a_decoder_without_a_padding_token_takes_a_batch(tmp_path: Path) -> None:
+    import transformers
+
+    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}
+    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
+    folder = save(seeded(transformers.GPT2LMHeadModel, config), tmp_path / "m")
+    vocabulary = {f"t{index}": index for index in range(64)}
+    tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary}}
+    tokenizer["model"]["unk_token"] = "t0"  # type: ignore[index]
+    (folder / "tokenizer.json").write_text(json.dumps({**tokenizer, "added_tokens": []}))
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "t2"})
+    )
+    loaded = load(folder, "text-classification", id2label=THREE, allow_new_head=True)
+    assert any("no token for padding: 2 is taken" in note for note in loaded.notes)
+    ids = torch.tensor([[5, 6, 7], [5, 2, 2]])  # the second one is short
+    both = loaded.model(input_ids=ids, attention_mask=(ids != 2).long()).logits
+    short = loaded.model(input_ids=ids[1:, :1]).logits
+    torch.testing.assert_close(both[1:], short)
+    language = load(folder, "causal-lm")  # it needs none, and its config stays as it is
+    assert language.model.config.pad_token_id is None
 
 
 def test_new_head_keeps_the_pooler_of_the_file(bert_folder: Path) -> None:
