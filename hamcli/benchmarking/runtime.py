@@ -153,7 +153,9 @@ def bench_runtime(
     """
     where = environment()
     warn_if_busy(progress, where["load"][0], where["cores"])
-    name, target = (model, target) if model else (DEFAULT_MODEL, target or DEFAULT_TARGET)
+    name = model or DEFAULT_MODEL
+    if not model and target is None:
+        target = DEFAULT_TARGET
     progress.stage(f"opening {name}")
     loaded = load_model(find_model(name, config=config, hashed=False), "auto", dtype="float32")
     dense = loaded.model.eval().requires_grad_(False)

@@ -67,6 +67,15 @@ def test_a_finished_folder_is_measured_as_it_is(folder):
     assert found.replaced == {"1": 0}
 
 
+def test_a_target_of_0_leaves_the_built_in_model_dense(folder, monkeypatch):
+    monkeypatch.setattr(runtime, "DEFAULT_MODEL", str(folder))
+    arguments = {"shapes": [(1, 4)], "rounds": 1, "calibration": Calibration()}
+    assert "to 0.9 in memory" in bench_runtime(progress=Silent(), **arguments).model
+    found = bench_runtime(progress=Silent(), target=0.0, **arguments)
+    assert "to 0 in memory" in found.model
+    assert found.zeros < 0.1 * found.total
+
+
 def test_images_are_counted_by_rows_alone():
     found = bench(RESNET, target=0.9, shapes=[(1, 8), (2, 0), (1, 0)])
     assert [one.shape for one in found.cells if one.runtime == "dense"] == ["1", "2"]
