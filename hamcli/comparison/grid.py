@@ -156,7 +156,6 @@ def cell_recipe(base: Recipe, cell: Cell) -> ReadRecipe:
         "sparsity.method": "gradual" if cell.arm.method == DENSE else cell.arm.method,
         "sparsity.target": cell.target,
         "optimizer.lr": cell.lr,
-        "training.seed": cell.seed,
         "data.validation_fraction": VALIDATION_FRACTION if cell.is_trial else None,
     }
     ham = base.optimizer.ham
@@ -164,4 +163,5 @@ def cell_recipe(base: Recipe, cell: Cell) -> ReadRecipe:
         words |= {"optimizer.ham.alpha": 0.0, "optimizer.ham.beta": 0.0}
     elif ham.alpha == 0 and ham.beta == 0:
         words |= {"optimizer.ham.alpha": "auto", "optimizer.ham.beta": "auto"}
-    return read_recipe([values_layer(plain, "recipe"), values_layer(words, "--methods")])
+    seed = values_layer({"training.seed": cell.seed}, "--seeds")
+    return read_recipe([values_layer(plain, "recipe"), values_layer(words, "--methods"), seed])

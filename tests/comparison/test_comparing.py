@@ -323,3 +323,16 @@ def test_the_command_prints_what_it_writes(finished, pictures):
 def test_words_that_are_no_list_are_refused(words):
     found = CliRunner().invoke(app, ["compare", SETTINGS["model.id"], *words])
     assert "E108" in str(found.exception)
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "key"),
+    [
+        ("--seeds", "-1", "training.seed"),
+        ("--targets", "nan", "sparsity.target"),
+        ("--methods", "none", "sparsity.method"),
+    ],
+)
+def test_a_value_that_no_recipe_takes_is_told_with_its_own_option(option, value, key):
+    found = CliRunner().invoke(app, ["compare", SETTINGS["model.id"], f"{option}={value}"])
+    assert f"{option}: {key}: {value}" in str(found.exception)

@@ -9,7 +9,7 @@ import pytest
 from hamcli.comparison.grid import refuse_faults
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "quality" / "run.py"
-NAMES = ("fashion", "rxnfp", "rxnmapper", "spam", "movies", "speeches")
+NAMES = ("fashion", "mlp", "rxnfp", "rxnmapper", "spam", "movies", "speeches")
 
 
 @pytest.fixture(scope="module")
