@@ -18,7 +18,7 @@ from hamcli.objective import Objective, make_objective
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
 from hamcli.runstate import RunIdentity, installed_versions
-from hamcli.sparsity.rules import Rules, make_rules, settled_allocation
+from hamcli.sparsity.rules import Rules, rules_for, settled_allocation
 from hamcli.sparsity.targets import Targets, select_targets
 
 __all__ = [
@@ -107,16 +107,7 @@ def rules_of(opened: Opened, outliers: Sequence[float] | None = None) -> Rules:
         opened: The run.
         outliers: Share of outliers of each target; `owl` needs them.
     """
-    section = opened.recipe.sparsity
-    return make_rules(
-        opened.targets,
-        target=section.target,
-        allocation=section.allocation,
-        pattern=section.pattern,
-        min_sparsity=section.min_sparsity,
-        max_sparsity=section.max_sparsity,
-        outliers=outliers,
-    )
+    return rules_for(opened.targets, opened.recipe.sparsity, outliers)
 
 
 def objective_of(opened: Opened) -> Objective:

@@ -35,7 +35,8 @@ from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
-from hamcli.sparsity.masks import apply_masks_, prune_masks
+from hamcli.sparsity.masks import apply_masks_, one_shot_masks
+from hamcli.sparsity.rules import rules_for
 from hamcli.sparsity.score import Score, make_fisher
 from hamcli.sparsity.targets import Targets, select_targets
 from hamcli.training import (
@@ -226,16 +227,8 @@ class Sparsification:
         if teacher is None or self.recipe.sparsity.target == 0.0:
             return None
         self.progress.stage("measuring one-shot pruning")
-        section = self.recipe.sparsity
-        masks = prune_masks(
-            self.targets,
-            section.target,
-            allocation=section.allocation,
-            pattern=section.pattern,
-            min_sparsity=section.min_sparsity,
-            max_sparsity=section.max_sparsity,
-            outliers=self.outliers,
-        )
+        rules = rules_for(self.targets, self.recipe.sparsity, self.outliers)
+        masks = one_shot_masks(self.targets, rules)
         with self._weights_kept():
             apply_masks_(self.targets, masks)
             return self._measure(self.model, teacher)

@@ -77,7 +77,7 @@ class TokenSet:
         longest = max(len(row) for row in rows)
         length = -(-longest // PAD_MULTIPLE) * PAD_MULTIPLE
         if self.limit is not None:
-            length = max(longest, min(length, self.limit))
+            length = min(length, self.limit)
         ids = _padded(rows, length, self.pad_id)
         valid = _padded([[1] * len(row) for row in rows], length, 0)
         made = {"input_ids": ids, "attention_mask": valid}

@@ -52,7 +52,7 @@ from hamcli.runstate import RunState, check_space, disk_errors, installed_versio
 from hamcli.signals import raise_on_signals
 from hamcli.sizes import size_record
 from hamcli.sparsity.families import FileTargets, Undecided, by_family, by_names
-from hamcli.sparsity.rules import Rules, make_rules, parse_block, settled_allocation
+from hamcli.sparsity.rules import Rules, parse_block, rules_for, settled_allocation
 
 NATIVE_FROM = 32 * 2**20
 """Bytes of targets from which building the C++ library saves more time than it takes."""
@@ -194,15 +194,7 @@ class _OpenedFiles:
         self.targets = self._targets(read)
         self.recipe = self._resolved(recipe)
         self.parts = parts_of(self.targets, self.shards)
-        section = self.recipe.sparsity
-        self.rules: Rules = make_rules(
-            self.targets,
-            target=section.target,
-            allocation=section.allocation,
-            pattern=section.pattern,
-            min_sparsity=section.min_sparsity,
-            max_sparsity=section.max_sparsity,
-        )
+        self.rules: Rules = rules_for(self.targets, self.recipe.sparsity)
 
     @property
     def dense_bytes(self) -> int:

@@ -24,10 +24,9 @@ from hamcli.sizes import size_record
 from hamcli.sparsity.catalogue import make_score
 from hamcli.sparsity.masks import (
     apply_masks_,
-    choose_masks,
     nonzero_masks,
     num_dropped,
-    zeros_at_end,
+    one_shot_masks,
 )
 
 
@@ -111,10 +110,8 @@ def _prune_(opened: Opened, device: torch.device) -> list[Tensor]:
     if is_layerwise:
         assert inputs is not None
         return prune_layers_(section.method, targets, rules, inputs)
-    nonzero = nonzero_masks(targets)
     of_run = {"wanda": activation_score(targets, inputs)} if inputs is not None else {}
     score = make_score(section.one_shot_score, targets, opened.recipe.training.seed, of_run)
-    due = zeros_at_end(targets, rules, nonzero)
-    masks = choose_masks(targets, rules, due, masks=nonzero, score=score)
+    masks = one_shot_masks(targets, rules, score)
     apply_masks_(targets, masks)
     return masks

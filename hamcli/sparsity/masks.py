@@ -139,6 +139,11 @@ def prune_masks(
         max_sparsity=max_sparsity,
         outliers=outliers,
     )
+    return one_shot_masks(targets, rules, score)
+
+
+def one_shot_masks(targets: Targets, rules: Rules, score: Score = magnitude) -> list[Tensor]:
+    """The same by rules that are made already."""
     nonzero = nonzero_masks(targets)
     due = zeros_at_end(targets, rules, nonzero)
     return choose_masks(targets, rules, due, masks=nonzero, score=score)

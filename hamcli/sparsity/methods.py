@@ -240,8 +240,8 @@ def make_sparsifier(
         pattern: unstructured, N:M or block:RxC.
         ramp_start: Share of the run before the first zeros.
         freeze_last: Share of the run that trains the final zeros only.
-        update_every: Share of the run between two choices of masks; auto is 0.05 for rigl, whose
-            new connections begin at zero and need steps to grow, and 0.01 for the others.
+        update_every: Share of the run between two choices of masks; auto is `UPDATE_EVERY`'s,
+            else 0.01.
         min_sparsity: Lowest sparsity of each tensor at the end.
         max_sparsity: Highest sparsity of each tensor.
         score: Weights → scores of 0 or more, the larger is kept.
@@ -272,12 +272,16 @@ def make_sparsifier(
         outliers=outliers,
     )
     if update_every == "auto":
-        update_every = 0.05 if method == "rigl" else 0.01
+        update_every = UPDATE_EVERY.get(method, 0.01)
     times = Times(
         steps, ramp_start, freeze_last, update_every, phase, drop_fraction, cycles, start_sparsity
     )
     made = METHODS[method](target, times)
     return Sparsifier(targets, rules, replace(made, score=score))
+
+
+UPDATE_EVERY = {"rigl": 0.05}
+"""What `auto` means where it is not 0.01; new connections begin at zero and need steps to grow."""
 
 
 @dataclass(frozen=True, slots=True)

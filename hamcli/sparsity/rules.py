@@ -10,6 +10,7 @@ from fractions import Fraction
 from typing import Protocol
 
 from hamcli.errors import RecipeError
+from hamcli.recipe.schema import SparsitySection
 from hamcli.sparsity.counting import exact, num_zeros
 from hamcli.sparsity.globs import covering_globs
 
@@ -127,6 +128,25 @@ def make_rules(
     known = None if outliers is None else tuple(outliers)
     return Rules(
         target, targets.total, allocation, kept_of, min_sparsity, max_sparsity, block, known
+    )
+
+
+def rules_for(
+    targets: Prunables, section: SparsitySection, outliers: Sequence[float] | None = None
+) -> Rules:
+    """The same from a recipe's own words, whose allocation is settled.
+
+    Raises:
+        RecipeError: As `make_rules`.
+    """
+    return make_rules(
+        targets,
+        target=section.target,
+        allocation=section.allocation,
+        pattern=section.pattern,
+        min_sparsity=section.min_sparsity,
+        max_sparsity=section.max_sparsity,
+        outliers=outliers,
     )
 
 

@@ -35,6 +35,14 @@ def bert(class_name: str = "BertForMaskedLM", **changes: Any) -> Any:
     return seeded(getattr(transformers, class_name), transformers.BertConfig(**SMALL, **changes))
 
 
+def gpt2(**changes: Any) -> Any:
+    import transformers
+
+    sizes = {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 32}
+    config = transformers.GPT2Config(**sizes | changes, bos_token_id=1, eos_token_id=2)
+    return seeded(transformers.GPT2LMHeadModel, config)
+
+
 def mixtral() -> Any:
     import transformers
 

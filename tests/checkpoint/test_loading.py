@@ -24,11 +24,11 @@ from tests.checkpoint.pico import (
     bert,
     edit_config,
     edit_tensors,
+    gpt2,
     llama,
     mixtral,
     refusal,
     save,
-    seeded,
     vit,
 )
 from tests.oracles.safetensors_reader import read_file
@@ -229,11 +229,7 @@ def test_new_head_has_the_labels_and_the_same_bytes_each_time(bert_folder: Path)
 
 
 def test_new_head_on_a_decoder_without_a_padding_token_takes_a_batch(tmp_path: Path) -> None:
-    import transformers
-
-    sizes: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 4, "vocab_size": 64}
-    config = transformers.GPT2Config(**sizes, bos_token_id=1, eos_token_id=2)
-    folder = save(seeded(transformers.GPT2LMHeadModel, config), tmp_path / "m")
+    folder = save(gpt2(n_layer=1), tmp_path / "m")
     vocabulary = {f"t{index}": index for index in range(64)}
     tokenizer = {"version": "1.0", "model": {"type": "WordLevel", "vocab": vocabulary}}
     tokenizer["model"]["unk_token"] = "t0"  # type: ignore[index]

@@ -22,22 +22,13 @@ from tests.test_cli import RESNET, assert_clean_error, ham
 ALBERT = Path(__file__).parents[1] / "assets" / "rxnmapper-albert-mlm"
 
 
-def gpt2():
-    import transformers
-
-    config = transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, vocab_size=64, bos_token_id=1, eos_token_id=2
-    )
-    return pico.seeded(transformers.GPT2LMHeadModel, config)
-
-
 MODELS = {
     "masked-lm": pico.bert,
     "feature-extraction": lambda: pico.bert("BertModel"),
     "text-classification": lambda: pico.bert("BertForSequenceClassification"),
     "token-classification": lambda: pico.bert("BertForTokenClassification"),
     "causal-lm": lambda: pico.llama(tie_word_embeddings=True),
-    "causal-lm, transposed": gpt2,
+    "causal-lm, transposed": lambda: pico.gpt2(n_positions=64),
     "image-classification": pico.vit,
 }
 

@@ -64,21 +64,11 @@ def test_real_models_get_the_same_bytes_as_through_memory(model, allocation, tmp
     assert report.sparsity.threshold is not None
 
 
-def gpt2():
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=32, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    return pico.seeded(transformers.GPT2LMHeadModel, config)
-
-
 @pytest.mark.parametrize(
     ("make", "settings", "how"),
     [
-        (gpt2, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),
-        (gpt2, {"sparsity.target": 0.5}, {}),
+        (pico.gpt2, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),
+        (pico.gpt2, {"sparsity.target": 0.5}, {}),
         (pico.mixtral, {"sparsity.target": 0.5}, {}),
         (pico.mixtral, {"sparsity.target": 0.5, "sparsity.allocation": "erk"}, {"allocation": "erk"}),  # noqa: E501
         (pico.mixtral, {"sparsity.pattern": "2:4", "sparsity.target": 0.5}, {"pattern": "2:4"}),

@@ -33,16 +33,6 @@ def vit():
     return pico.seeded(transformers.ViTForImageClassification, config)
 
 
-def gpt2():
-    import transformers
-
-    config = transformers.GPT2Config(
-        vocab_size=64, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=1,
-        eos_token_id=2,
-    )  # fmt: skip
-    return pico.seeded(transformers.GPT2LMHeadModel, config)
-
-
 def pruned(model, out, pattern="2:4", dtype="float16"):
     settings = [f"export.dtype={dtype}", "evaluation.examples=4"]
     words = {"model": str(model), "pattern": pattern, "target": None, "setting": settings}
@@ -81,7 +71,7 @@ def test_every_target_of_a_2_4_export_is_taken_bit_for_bit(tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_targets_whose_inputs_come_first_are_taken_when_turned(dtype):
-    model = gpt2().to(dtype)
+    model = pico.gpt2(n_embd=64, n_positions=64).to(dtype)
     targets = select_targets(model, ["*"], None)
     assert {one.input_dim for one in targets} == {0}
     apply_masks_(targets, prune_masks(targets, 0.5, allocation="uniform", pattern="2:4"))
