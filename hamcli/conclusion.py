@@ -219,6 +219,11 @@ class Conclusion:
         self._warn_of(tensors)
         one_shot = self.trained.one_shot if target == section.target else None
         quality = outcome.quality_record(self.trained.dense, sparse, one_shot, self.opened.data)
+        if quality.is_below_one_shot:
+            self._warn(
+                f"training did harm: {quality.metric} {quality.sparse:.4g}, pruned in one shot "
+                f"{quality.one_shot:.4g}; more steps or a lower optimizer.lr may help"
+            )
         return Report(
             ham_version=__version__,
             model=outcome.model_record(self.opened),

@@ -15,8 +15,10 @@ from hamcli.completing import complete, placed, public_recipe
 from hamcli.data import Data, label_names, open_data
 from hamcli.errors import RecipeError, UsageError
 from hamcli.objective import Objective, make_objective
+from hamcli.optim.strength import fitting_strength
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
+from hamcli.recipe.schema import OptimizerSection
 from hamcli.runstate import RunIdentity, installed_versions
 from hamcli.sparsity.rules import Rules, rules_for, settled_allocation
 from hamcli.sparsity.targets import Targets, select_targets
@@ -81,13 +83,14 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
-    """The recipe with revision, task, allocation and exclusions written out."""
+    """The recipe with revision, task, strength, allocation and exclusions written out."""
     model_id = recipe.model.id or ""
     if source.revision is not None:
         model_id = f"{model_id.partition('@')[0]}@{source.revision}"
     return recipe.model_copy(
         update={
             "model": recipe.model.model_copy(update={"id": model_id, "task": task}),
+            "optimizer": _fitted(recipe.optimizer, targets),
             "sparsity": recipe.sparsity.model_copy(
                 update={
                     "allocation": settled_allocation(
@@ -98,6 +101,21 @@ def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Re
             "targets": recipe.targets.model_copy(update={"exclude": tuple(targets.exclude)}),
         }
     )
+
+
+def _fitted(section: OptimizerSection, targets: Targets) -> OptimizerSection:
+    """The section with eta and clamp as the targets' weights stand them."""
+    ham = section.ham
+    eta, clamp = fitting_strength(
+        targets.params,
+        base=section.base,
+        lr=section.lr,
+        alpha=ham.alpha,
+        scaling=ham.scaling,
+        eta=ham.eta,
+        clamp=ham.clamp,
+    )
+    return section.model_copy(update={"ham": ham.model_copy(update={"eta": eta, "clamp": clamp})})
 
 
 def rules_of(opened: Opened, outliers: Sequence[float] | None = None) -> Rules:

@@ -6,13 +6,12 @@ What a trained model becomes is left to `conclusion`.
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
+from hamcli.ablation import empty_loss, one_shot_quality
 from hamcli.calibration import activation_score, calibrate, outliers
 from hamcli.conclusion import Conclusion, Trained
 from hamcli.data import batch, evaluation_batches
@@ -35,7 +34,6 @@ from hamcli.sharpness import adapter_pairs, balance_
 from hamcli.signals import Stop
 from hamcli.sparsity.catalogue import COPIES, make_course
 from hamcli.sparsity.courses import Course
-from hamcli.sparsity.masks import apply_masks_, one_shot_masks
 from hamcli.sparsity.rules import rules_for
 from hamcli.sparsity.score import Score, make_fisher
 from hamcli.sparsity.targets import Targets, select_targets
@@ -223,37 +221,21 @@ class Sparsification:
         self.scores["wanda"] = activation_score(self.targets, inputs)
 
     def _one_shot(self, teacher: nn.Module | None) -> Quality | None:
-        """Quality of pruning as far in one shot; the model is left as it was."""
+        """Quality of pruning as far in one shot."""
         if teacher is None or self.recipe.sparsity.target == 0.0:
             return None
         self.progress.stage("measuring one-shot pruning")
         rules = rules_for(self.targets, self.recipe.sparsity, self.outliers)
-        masks = one_shot_masks(self.targets, rules)
-        with self._weights_kept():
-            apply_masks_(self.targets, masks)
-            return self._measure(self.model, teacher)
+        return one_shot_quality(self.targets, rules, lambda: self._measure(self.model, teacher))
 
-    @torch.no_grad()
     def _empty_loss(self, objective: Objective) -> float:
-        """Loss of the first batch with every target zero; the model is left as it was."""
+        """Loss of the first batch with every target zero."""
         whole = batch(self.data, 0, batch_size=self.recipe.training.batch_size, seed=0)
         part = to_device(part_of(whole, self.world.rank, self.world.size), self.device)
-        with self._weights_kept():
-            for param in self.targets.params:
-                param.zero_()
-            loss = objective(self.model, part, self.teacher, self._part(whole))
-        return self.world.mean(float(loss))
-
-    @contextmanager
-    def _weights_kept(self) -> Iterator[None]:
-        """Put the targets' weights back at the end."""
-        kept = [param.detach().clone() for param in self.targets.params]
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for param, values in zip(self.targets.params, kept, strict=True):
-                    param.copy_(values)
+        loss = empty_loss(
+            self.targets, lambda: objective(self.model, part, self.teacher, self._part(whole))
+        )
+        return self.world.mean(loss)
 
     def _course(self) -> Course:
         recipe = self.recipe

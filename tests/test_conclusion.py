@@ -30,3 +30,19 @@ def test_a_mirror_step_that_moves_nothing_is_told_now_and_in_the_report(alpha, i
     )
     for told in (watcher.warnings, report.warnings):
         assert any("HAM did nothing" in line for line in told) == is_told
+
+
+@pytest.mark.parametrize(("lr", "is_told"), [(1.0, True), (1e-8, False)])
+def test_training_that_did_harm_is_told_beside_pruning_alone(lr, is_told, tmp_path):
+    settings = {"training.batch_size": 16, "evaluation.examples": 64, "evaluation.speed": "off"}
+    settings |= {"optimizer.lr": lr, "optimizer.warmup": 0.0, "optimizer.schedule": "constant"}
+    watcher = Watcher()
+    report = sparsify(
+        model=RESNET, target=0.3, steps=2, out=tmp_path / "out", settings=settings, progress=watcher
+    )
+    quality = report.quality
+    assert (quality.sparse < quality.one_shot - 0.05) == is_told
+    for told in (watcher.warnings, report.warnings):
+        lines = [line for line in told if line.startswith("training did harm: ")]
+        assert len(lines) == is_told
+        assert all(f"{quality.one_shot:.4g}" in line for line in lines)

@@ -1,7 +1,15 @@
 """What a run stands on."""
 
-from hamcli.opening import data_digests
+from pathlib import Path
+
+import pytest
+
+from hamcli.opening import data_digests, open_run
+from hamcli.optim.strength import mean_magnitude
+from hamcli.progress import Silent
 from hamcli.recipe import read_recipe, values_layer
+
+RESNET = str(Path(__file__).parent / "assets" / "fashion-mnist-resnet-tiny")
 
 
 def digests(source, evaluation):
@@ -25,3 +33,23 @@ def test_two_files_of_one_name_have_a_digest_each(tmp_path):
 def test_a_file_that_is_held_out_too_has_one_digest(tmp_path):
     (tmp_path / "rows.jsonl").write_text("rows")
     assert list(digests(*[tmp_path / "rows.jsonl"] * 2)) == ["rows.jsonl"]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ({}, None),
+        ({"optimizer.ham.eta": 0.002}, (0.002, 0.05)),
+        ({"optimizer.ham.eta": 0.002, "optimizer.ham.clamp": 0.5}, (0.002, 0.5)),
+        ({"optimizer.ham.alpha": 0.0}, (None, None)),
+    ],
+)
+def test_the_recipe_of_a_run_tells_the_strength_that_fits_the_targets(words, found):
+    words = {"model.id": RESNET, "optimizer.lr": 1e-5, **words}
+    opened = open_run(read_recipe([values_layer(words, "test")]), Silent(), hashed=False)
+    ham = opened.recipe.optimizer.ham
+    if found is None:
+        eta = 1e-5 / mean_magnitude(opened.targets.params)
+        assert 0 < eta < 0.001
+        found = pytest.approx((eta, 25 * eta), rel=0.01)
+    assert (ham.eta, ham.clamp) == found

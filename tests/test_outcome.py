@@ -93,6 +93,26 @@ def test_the_quality_of_each_model_stands_under_its_name():
     assert (alone.dense, alone.drop, alone.one_shot, alone.dense_loss) == (None,) * 4
 
 
+@pytest.mark.parametrize(
+    ("higher_is_better", "sparse", "one_shot", "is_below"),
+    [
+        (True, 0.34, 0.4, True),
+        (True, 0.36, 0.4, False),
+        (True, 0.5, 0.4, False),
+        (False, 300.0, 400.0, False),
+        (False, 419.0, 400.0, False),
+        (False, 421.0, 400.0, True),
+        (True, 0.3, None, False),
+    ],
+)
+def test_below_one_shot_is_clearly_worse(higher_is_better, sparse, one_shot, is_below):
+    def of(value):
+        return Quality("a metric", value, None, None, 500, higher_is_better)
+
+    known = of(one_shot) if one_shot is not None else None
+    assert quality_record(None, of(sparse), known, Evaluated).is_below_one_shot == is_below
+
+
 def test_zeros_are_counted_in_the_file_and_one_tensor_counts_once(tmp_path):
     values = torch.tensor([[0.0, 1.0, 2.0], [-0.0, 3.0, 4.0]])
     save_file({"a": values, "b": torch.ones(2, 2), "c": torch.zeros(3)}, tmp_path / "m.safetensors")

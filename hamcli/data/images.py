@@ -14,10 +14,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from hamcli.checkpoint.pixels import image_size, num_channels
 from hamcli.errors import InputRefused
 
 MEMORY_LIMIT = 256 * 2**20
 SAMPLE_IMAGES = 1024
+SAMPLE_EDGE = 32  # pixels, where the config does not say
 STATISTICS_IMAGES = 10_000
 
 Pixels = NDArray[np.uint8]
@@ -72,7 +74,7 @@ def image_form(
 
     The recipe's mean and std win, then the model's processor, then the training images' own.
     """
-    channels = int(getattr(config, "num_channels", 3) or 3)
+    channels = num_channels(config)
     height, width = _size(config, processor, images)
     note = ""
     if mean is None and processor is not None and getattr(processor, "image_mean", None):
@@ -101,24 +103,12 @@ def image_form(
 
 
 def _size(config: Any, processor: Any, images: Sequence[Any]) -> tuple[int, int]:
-    size = getattr(config, "image_size", None)
-    if size is None and processor is not None:
-        wanted = dict(
-            getattr(processor, "crop_size", None) or getattr(processor, "size", None) or {}
-        )
-        edge = wanted.get("shortest_edge") or wanted.get("longest_edge")
-        size = (wanted.get("height") or edge, wanted.get("width") or edge)
-        size = None if None in size else size
-    if size is None:
-        sizes = Counter(_open(image).size for image in images[:256])
-        width, height = sizes.most_common(1)[0][0]
-        return height, width
-    return _edges(size)
-
-
-def _edges(size: Any) -> tuple[int, int]:
-    """Height and width of a config's `image_size`, one number or two."""
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))
+    known = image_size(config, processor)
+    if known is not None:
+        return known
+    sizes = Counter(_open(image).size for image in images[:256])
+    width, height = sizes.most_common(1)[0][0]
+    return height, width
 
 
 def _open(image: Any) -> Any:
@@ -194,8 +184,8 @@ def sample_images(config: Any, count: int = SAMPLE_IMAGES) -> list[Pixels]:
     Their edges and scales resemble natural images enough for a network to learn its dense self's
     outputs from them (Baradad et al. 2021, "Learning to See by Looking at Noise").
     """
-    channels = int(getattr(config, "num_channels", 3) or 3)
-    edge = max(_edges(getattr(config, "image_size", None) or 32))
+    channels = num_channels(config)
+    edge = max(image_size(config) or (SAMPLE_EDGE,))
     return [_dead_leaves(random.Random(index), edge, channels) for index in range(count)]
 
 

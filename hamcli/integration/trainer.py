@@ -15,6 +15,7 @@ from transformers import TrainerCallback  # noqa: TID253 - whoever imports this 
 
 from hamcli.errors import NoRunCheckpoint, UsageError
 from hamcli.optim import HAM
+from hamcli.optim.strength import fitting_strength
 from hamcli.sparsity.masks import apply_masks_
 from hamcli.sparsity.methods import Sparsifier, make_sparsifier
 from hamcli.sparsity.targets import Targets, select_targets
@@ -48,7 +49,8 @@ class HAMFactory:
             lr: Peak learning rate.
             include: Globs over module names: the targets.
             exclude: Globs too; None leaves embeddings, heads, poolers and routers dense.
-            **options: Further arguments of `HAM`.
+            **options: Further arguments of `HAM`; eta and clamp that are not given are what the
+                targets' weights stand, see `fitting_strength`.
 
         Raises:
             RecipeError: As `select_targets`.
@@ -57,7 +59,17 @@ class HAMFactory:
         """
         _refuse_unfit(model, "HAMFactory")
         targets = select_targets(model, include, exclude)
-        return HAM(parameter_groups(model, targets), lr=lr, **options)
+        groups = parameter_groups(model, targets)
+        eta, clamp = fitting_strength(
+            [param for param in targets.params if param.requires_grad],
+            base=options.get("base", "adamw"),
+            lr=lr,
+            alpha=options.get("alpha", "auto"),
+            scaling=options.get("scaling", "auto"),
+            eta=options.get("eta"),
+            clamp=options.get("clamp"),
+        )
+        return HAM(groups, lr=lr, **{**options, "eta": eta, "clamp": clamp})
 
 
 def parameter_groups(model: nn.Module, targets: Targets) -> list[dict[str, Any]]:

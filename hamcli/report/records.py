@@ -142,6 +142,9 @@ class TensorRecord:
         return cls(name, tuple(shape), dtype, zeros, total, _fraction(zeros, total))
 
 
+HARM = 0.05  # as `QualityRecord.drop` counts; less may be the chance of few examples
+
+
 @dataclass(frozen=True, slots=True)
 class QualityRecord:
     """Quality on held-out data, the dense model beside the sparse one.
@@ -171,6 +174,14 @@ class QualityRecord:
     agreement: float | None = None
     dense_loss: float | None = None
     sparse_loss: float | None = None
+
+    @property
+    def is_below_one_shot(self) -> bool:
+        """Whether training made the model clearly worse than pruning alone, by over `HARM`."""
+        if self.sparse is None or self.one_shot is None:
+            return False
+        lost = self.one_shot - self.sparse
+        return lost > HARM if self.higher_is_better else -lost > HARM * self.one_shot
 
 
 @dataclass(frozen=True, slots=True)

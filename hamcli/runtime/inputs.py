@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hamcli.checkpoint.pixels import image_size, num_channels
 from hamcli.checkpoint.positions import learned_positions
 from hamcli.errors import InputRefused
 
@@ -71,8 +72,8 @@ def random_inputs(
     names = names or input_names(model)
     generator = torch.Generator().manual_seed(seed)
     if names == ("pixel_values",):
-        channels = int(getattr(model.config, "num_channels", 3) or 3)
-        shape = (batch, channels, *image_size(model.config, processor))
+        size = image_size(model.config, processor) or (EDGE, EDGE)
+        shape = (batch, num_channels(model.config), *size)
         return {"pixel_values": torch.randn(shape, generator=generator)}
     vocabulary = model.get_input_embeddings().weight.shape[0]
     mask = torch.ones(batch, length, dtype=torch.int64)
@@ -92,14 +93,3 @@ def longest(model: Any, length: int) -> int:
     said = getattr(model.config, "max_position_embeddings", None)
     known = (learned_positions(model), said if isinstance(said, int) and said > 0 else None)
     return min([length, *(one for one in known if one is not None)])
-
-
-def image_size(config: Any, processor: Any | None = None) -> tuple[int, int]:
-    """Height and width of the images of a model."""
-    size = getattr(config, "image_size", None)
-    if size is None and processor is not None:
-        wanted = dict(getattr(processor, "crop_size", None) or processor.size or {})
-        edge = wanted.get("shortest_edge") or wanted.get("longest_edge") or EDGE
-        size = (wanted.get("height") or edge, wanted.get("width") or edge)
-    size = size or EDGE
-    return (int(size), int(size)) if isinstance(size, int) else (int(size[0]), int(size[1]))

@@ -57,6 +57,21 @@ def test_ham_in_a_trainer_is_ham_in_a_loop_of_ones_own(tmp_path):
     pico.assert_same(pico.weights(trainer.model), pico.weights(model))
 
 
+def test_the_factory_fits_the_strength_to_the_targets_unless_it_is_given():
+    model = pico.model()
+    targets = [p for name, p in model.named_parameters() if "proj" in name]
+    size = torch.cat([p.detach().flatten() for p in targets]).abs().mean().item()
+    for options, eta, clamp in (
+        ({}, 1e-6 / size, 25e-6 / size),
+        ({"base": "sgd"}, 0.004, 0.1),
+        ({"eta": 0.01, "clamp": 0.5}, 0.01, 0.5),
+        ({"scaling": "raw"}, None, 5.0),
+    ):
+        group = HAMFactory()(model, lr=1e-6, **options).param_groups[0]
+        assert group["eta"] == (eta and pytest.approx(eta, rel=0.01))
+        assert group["clamp"] == pytest.approx(clamp, rel=0.01)
+
+
 def test_the_factory_mirrors_the_targets_only_and_leaves_out_what_is_frozen():
     model = pico.model()
     model.model.layers[0].mlp.requires_grad_(False)

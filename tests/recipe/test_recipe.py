@@ -110,13 +110,15 @@ def test_the_schema_knows_every_section():
 @pytest.mark.parametrize(
     ("text", "score"),
     [
-        ("{}", "fisher"), ("sparsity: {method: ac-dc}", "fisher"),
+        ("{}", "fisher"), ("sparsity: {method: cyclic}", "fisher"),
+        ("sparsity: {method: ac-dc}", "magnitude"),
+        ("sparsity: {method: ac-dc, score: fisher}", "fisher"),
         ("sparsity: {method: rigl}", "magnitude"), ("sparsity: {method: str}", "magnitude"),
         ("sparsity: {method: one-shot}", "magnitude"), ("optimizer: {base: sgd}", "magnitude"),
         ("sparsity: {score: magnitude}", "magnitude"),
     ],
 )  # fmt: skip
-def test_the_score_is_fisher_where_adam_keeps_moments_before_weights_go(text, score):
+def test_the_score_is_fisher_where_that_pays_and_adam_keeps_moments(text, score):
     assert read_recipe([parse(text, "r.yaml")]).recipe.score == score
 
 

@@ -2,33 +2,14 @@
 
 from types import SimpleNamespace
 
-import pytest
 import torch
 
-from hamcli.runtime.inputs import EDGE, image_size, input_names, longest, random_inputs
+from hamcli.runtime.inputs import input_names, longest, random_inputs
 from tests.checkpoint import pico
 
 
 def config(**known):
     return SimpleNamespace(**known)
-
-
-@pytest.mark.parametrize(
-    ("known", "processor", "size"),
-    [
-        ({"image_size": 7}, None, (7, 7)),
-        ({"image_size": [3, 4]}, {"size": {"height": 9, "width": 9}}, (3, 4)),
-        ({}, {"size": {"height": 5, "width": 6}}, (5, 6)),
-        ({}, {"size": {"shortest_edge": 8}, "crop_size": {"height": 5, "width": 6}}, (5, 6)),
-        ({}, {"size": {"shortest_edge": 8, "longest_edge": 9}}, (8, 8)),
-        ({}, {"size": {"longest_edge": 9}}, (9, 9)),
-        ({}, {"size": None}, (EDGE, EDGE)),
-        ({}, None, (EDGE, EDGE)),
-    ],
-)
-def test_the_size_of_images_is_the_configs_or_the_processors(known, processor, size):
-    processor = processor and config(**processor)
-    assert image_size(config(**known), processor) == size
 
 
 def test_a_length_is_at_most_the_models():
@@ -74,3 +55,7 @@ def test_pixels_have_the_models_channels():
     assert random_inputs(vit, 2, 99)["pixel_values"].shape == (2, 3, 16, 16)
     vit.config.num_channels = 1
     assert random_inputs(vit, 2, 99)["pixel_values"].shape == (2, 1, 16, 16)
+    vit.config = config(num_channels=1)
+    size = {"size": {"height": 7, "width": 9}}
+    assert random_inputs(vit, 2, 99, processor=config(**size))["pixel_values"].shape == (2, 1, 7, 9)
+    assert random_inputs(vit, 2, 99)["pixel_values"].shape == (2, 1, 32, 32)
