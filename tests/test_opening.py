@@ -49,7 +49,7 @@ def test_the_recipe_of_a_run_tells_the_strength_that_fits_the_targets(words, fou
     opened = open_run(read_recipe([values_layer(words, "test")]), Silent(), hashed=False)
     ham = opened.recipe.optimizer.ham
     if found is None:
-        eta = 1e-5 / mean_magnitude(opened.targets.params)
+        eta = 1e-5 / (4 * mean_magnitude(opened.targets.params))
         assert 0 < eta < 0.001
         found = pytest.approx((eta, 25 * eta), rel=0.01)
     assert (ham.eta, ham.clamp) == found

@@ -119,7 +119,7 @@ class Ham(Section):
     eta: Positive | None = Field(
         None,
         description="mean exponent a step at peak lr that auto scaling aims at; null = by scaling, "
-        "no more than lr / mean |w|",
+        "no more than lr / (4 mean |w|)",
     )
     clamp: Positive | None = Field(
         None, description="limit of the exponent; null = 25 times eta, at most 0.1; 5 for raw"

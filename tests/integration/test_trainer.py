@@ -62,7 +62,7 @@ def test_the_factory_fits_the_strength_to_the_targets_unless_it_is_given():
     targets = [p for name, p in model.named_parameters() if "proj" in name]
     size = torch.cat([p.detach().flatten() for p in targets]).abs().mean().item()
     for options, eta, clamp in (
-        ({}, 1e-6 / size, 25e-6 / size),
+        ({}, 0.25e-6 / size, 6.25e-6 / size),
         ({"base": "sgd"}, 0.004, 0.1),
         ({"eta": 0.01, "clamp": 0.5}, 0.01, 0.5),
         ({"scaling": "raw"}, None, 5.0),

@@ -18,16 +18,16 @@ def strength(size, **options):
 @pytest.mark.parametrize(
     ("size", "options", "found"),
     [
-        (0.05, {}, (0.004, 0.1)),  # lr / mean|w| is 0.02
-        (0.05, {"scaling": "tracked"}, (0.01, 0.1)),
+        (0.05, {}, (0.004, 0.1)),  # lr / (4 mean|w|) is 0.005
+        (0.05, {"scaling": "tracked"}, (0.005, 0.1)),
         (0.05, {"lr": 1e-1, "scaling": "tracked"}, (0.01, 0.1)),
-        (0.15, {"lr": 3e-5}, (0.0002, 0.005)),
-        (0.15, {"lr": 3e-5, "base": "adam"}, (0.0002, 0.005)),
-        (0.15, {"lr": 3e-5, "base": "sgd"}, (0.004, 0.1)),
-        (0.0, {"lr": 3e-5}, (0.004, 0.1)),
-        (0.15, {"lr": 3e-5, "eta": 0.003}, (0.003, 0.075)),
-        (0.15, {"lr": 3e-5, "clamp": 0.07}, (0.0002, 0.07)),
-        (0.15, {"lr": 3e-5, "eta": 0.5}, (0.5, 0.1)),
+        (0.15, {"lr": 1.2e-4}, (0.0002, 0.005)),
+        (0.15, {"lr": 1.2e-4, "base": "adam"}, (0.0002, 0.005)),
+        (0.15, {"lr": 1.2e-4, "base": "sgd"}, (0.004, 0.1)),
+        (0.0, {"lr": 1.2e-4}, (0.004, 0.1)),
+        (0.15, {"lr": 1.2e-4, "eta": 0.003}, (0.003, 0.075)),
+        (0.15, {"lr": 1.2e-4, "clamp": 0.07}, (0.0002, 0.07)),
+        (0.15, {"lr": 1.2e-4, "eta": 0.5}, (0.5, 0.1)),
         (0.15, {"alpha": 3.0}, (None, None)),
         (0.15, {"alpha": 0.0}, (None, None)),
         (0.15, {"scaling": "raw"}, (None, None)),
@@ -48,7 +48,7 @@ def test_the_mean_magnitude_is_that_of_float64():
 def test_the_mirror_step_moves_weights_no_further_than_adam_and_outliers_little():
     weight = nn.Parameter(normal(64, 64, seed=0, scale=0.2))
     start = weight.detach().clone()
-    said = {"base": "adamw", "lr": 3e-5}
+    said = {"base": "adamw", "lr": 1.2e-4}
     eta, clamp = fitting_strength(
         [weight], alpha="auto", scaling="auto", eta=None, clamp=None, **said
     )
@@ -58,7 +58,7 @@ def test_the_mirror_step_moves_weights_no_further_than_adam_and_outliers_little(
     optimizer.measure_next_step()
     optimizer.step()
     moved = (weight.detach() - start).abs()
-    assert float(moved.mean()) < 2 * said["lr"]  # the base step's own is lr
+    assert float(moved.mean()) < 1.25 * said["lr"]  # the base step's own is lr
     assert float(moved[3, 5]) < said["lr"] + 1.01 * clamp * float(start[3, 5].abs())
     assert clamp < 0.01
     assert optimizer.exponent_statistics().clamped_fraction == 1 / 64**2
