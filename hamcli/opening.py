@@ -15,7 +15,7 @@ from hamcli.completing import complete, placed, public_recipe
 from hamcli.data import Data, label_names, open_data
 from hamcli.errors import RecipeError, UsageError
 from hamcli.objective import Objective, make_objective
-from hamcli.optim.strength import fitting_strength
+from hamcli.optim.eta import choose_eta_and_clamp
 from hamcli.progress import Progress
 from hamcli.recipe import ReadRecipe, Recipe
 from hamcli.recipe.schema import OptimizerSection
@@ -83,7 +83,7 @@ def open_run(read: ReadRecipe, progress: Progress, *, hashed: bool = True) -> Op
 
 
 def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Recipe:
-    """The recipe with revision, task, strength, allocation and exclusions written out."""
+    """The recipe with revision, task, eta, clamp, allocation and exclusions written out."""
     model_id = recipe.model.id or ""
     if source.revision is not None:
         model_id = f"{model_id.partition('@')[0]}@{source.revision}"
@@ -106,7 +106,7 @@ def _resolved(recipe: Recipe, source: Source, task: str, targets: Targets) -> Re
 def _fitted(section: OptimizerSection, targets: Targets) -> OptimizerSection:
     """The section with eta and clamp as the targets' weights stand them."""
     ham = section.ham
-    eta, clamp = fitting_strength(
+    eta, clamp = choose_eta_and_clamp(
         targets.params,
         base=section.base,
         lr=section.lr,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from hamcli.opening import data_digests, open_run
-from hamcli.optim.strength import mean_magnitude
+from hamcli.optim.eta import mean_magnitude
 from hamcli.progress import Silent
 from hamcli.recipe import read_recipe, values_layer
 
@@ -44,7 +44,7 @@ def test_a_file_that_is_held_out_too_has_one_digest(tmp_path):
         ({"optimizer.ham.alpha": 0.0}, (None, None)),
     ],
 )
-def test_the_recipe_of_a_run_tells_the_strength_that_fits_the_targets(words, found):
+def test_the_recipe_of_a_run_tells_the_eta_and_clamp_that_fit_the_targets(words, found):
     words = {"model.id": RESNET, "optimizer.lr": 1e-5, **words}
     opened = open_run(read_recipe([values_layer(words, "test")]), Silent(), hashed=False)
     ham = opened.recipe.optimizer.ham

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+EDGE = 32  # pixels, where neither config nor processor says
+
 
 def num_channels(config: Any) -> int:
     """Of an image; 3 where nothing is said."""

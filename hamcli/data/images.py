@@ -14,12 +14,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from hamcli.checkpoint.pixels import image_size, num_channels
+from hamcli.checkpoint.pixels import EDGE, image_size, num_channels
 from hamcli.errors import InputRefused
 
 MEMORY_LIMIT = 256 * 2**20
 SAMPLE_IMAGES = 1024
-SAMPLE_EDGE = 32  # pixels, where the config does not say
 STATISTICS_IMAGES = 10_000
 
 Pixels = NDArray[np.uint8]
@@ -185,7 +184,7 @@ def sample_images(config: Any, count: int = SAMPLE_IMAGES) -> list[Pixels]:
     outputs from them (Baradad et al. 2021, "Learning to See by Looking at Noise").
     """
     channels = num_channels(config)
-    edge = max(image_size(config) or (SAMPLE_EDGE,))
+    edge = max(image_size(config) or (EDGE,))
     return [_dead_leaves(random.Random(index), edge, channels) for index in range(count)]
 
 

@@ -15,12 +15,13 @@ from transformers import TrainerCallback  # noqa: TID253 - whoever imports this 
 
 from hamcli.errors import NoRunCheckpoint, UsageError
 from hamcli.optim import HAM
-from hamcli.optim.strength import fitting_strength
+from hamcli.optim.eta import choose_eta_and_clamp
 from hamcli.sparsity.masks import apply_masks_
 from hamcli.sparsity.methods import Sparsifier, make_sparsifier
 from hamcli.sparsity.targets import Targets, select_targets
 
 STATE_KEY = "ham_sparsity"  # in the optimizer's first group: the Trainer saves and restores it
+CHOSEN_BY = ("base", "alpha", "scaling", "eta", "clamp")
 MASK_METHODS = ("gradual", "one-shot")  # those that need nothing but masks
 
 
@@ -50,7 +51,7 @@ class HAMFactory:
             include: Globs over module names: the targets.
             exclude: Globs too; None leaves embeddings, heads, poolers and routers dense.
             **options: Further arguments of `HAM`; eta and clamp that are not given are what the
-                targets' weights stand, see `fitting_strength`.
+                targets' weights stand, see `choose_eta_and_clamp`.
 
         Raises:
             RecipeError: As `select_targets`.
@@ -60,14 +61,10 @@ class HAMFactory:
         _refuse_unfit(model, "HAMFactory")
         targets = select_targets(model, include, exclude)
         groups = parameter_groups(model, targets)
-        eta, clamp = fitting_strength(
+        eta, clamp = choose_eta_and_clamp(
             [param for param in targets.params if param.requires_grad],
-            base=options.get("base", "adamw"),
             lr=lr,
-            alpha=options.get("alpha", "auto"),
-            scaling=options.get("scaling", "auto"),
-            eta=options.get("eta"),
-            clamp=options.get("clamp"),
+            **{name: options[name] for name in CHOSEN_BY if name in options},
         )
         return HAM(groups, lr=lr, **{**options, "eta": eta, "clamp": clamp})
 

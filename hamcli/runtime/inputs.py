@@ -6,11 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hamcli.checkpoint.pixels import image_size, num_channels
+from hamcli.checkpoint.pixels import EDGE, image_size, num_channels
 from hamcli.checkpoint.positions import learned_positions
 from hamcli.errors import InputRefused
 
-EDGE = 32  # pixels, where neither config nor processor says
 _TOKENS = ("input_ids", "attention_mask", "token_type_ids")
 
 

@@ -57,7 +57,7 @@ def test_ham_in_a_trainer_is_ham_in_a_loop_of_ones_own(tmp_path):
     pico.assert_same(pico.weights(trainer.model), pico.weights(model))
 
 
-def test_the_factory_fits_the_strength_to_the_targets_unless_it_is_given():
+def test_the_factory_fits_eta_and_clamp_to_the_targets_unless_they_are_given():
     model = pico.model()
     targets = [p for name, p in model.named_parameters() if "proj" in name]
     size = torch.cat([p.detach().flatten() for p in targets]).abs().mean().item()

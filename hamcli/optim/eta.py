@@ -1,4 +1,4 @@
-"""How strong a mirror step a pretrained model stands: eta and clamp where nobody said.
+"""The eta and clamp of a pretrained model where nobody said: what its mirror step may do.
 
 Two things that small image networks forgive break a language model within a few steps:
 
@@ -21,22 +21,22 @@ GREATEST_SHARE = 0.25  # of the base step; at 1.0 the best learning rate of Smol
 CLAMP_OVER_ETA = 25.0  # what 0.1 is to the eta of 0.004 that was found with it
 
 
-def fitting_strength(
+def choose_eta_and_clamp(
     weights: Iterable[Tensor],
     *,
-    base: str,
     lr: float,
-    alpha: float | str,
-    scaling: str,
-    eta: float | None,
-    clamp: float | None,
+    base: str = "adamw",
+    alpha: float | str = "auto",
+    scaling: str = "auto",
+    eta: float | None = None,
+    clamp: float | None = None,
 ) -> tuple[float | None, float | None]:
     """Eta and clamp for a model: as given, else what its weights and learning rate stand.
 
     Args:
         weights: What is mirrored, before the first step.
-        base: The base optimizer. The step of sgd is not of size lr, and sets eta no limit.
         lr: Peak learning rate.
+        base: The base optimizer. The step of sgd is not of size lr, and sets eta no limit.
         alpha: As for `HAM`.
         scaling: As for `HAM`.
         eta: As for `HAM`; None to choose.

@@ -1,18 +1,18 @@
-"""How strong a mirror step a model stands where nobody said."""
+"""The eta and clamp that a model gets where nobody said."""
 
 import pytest
 import torch
 from torch import nn
 
 from hamcli.optim import HAM
-from hamcli.optim.strength import fitting_strength, mean_magnitude
+from hamcli.optim.eta import choose_eta_and_clamp, mean_magnitude
 from tests.optim.numbers import normal
 
 
-def strength(size, **options):
+def chosen(size, **options):
     weights = [torch.full((3, 4), size), torch.full((2, 2), -size)]
     said = {"base": "adamw", "lr": 1e-3, "alpha": "auto", "scaling": "auto", "eta": None}
-    return fitting_strength(weights, **{**said, "clamp": None, **options})
+    return choose_eta_and_clamp(weights, **{**said, "clamp": None, **options})
 
 
 @pytest.mark.parametrize(
@@ -35,7 +35,7 @@ def strength(size, **options):
     ],
 )
 def test_what_is_not_said_fits_the_weights_and_the_learning_rate(size, options, found):
-    assert strength(size, **options) == found
+    assert chosen(size, **options) == found
 
 
 def test_the_mean_magnitude_is_that_of_float64():
@@ -49,7 +49,7 @@ def test_the_mirror_step_moves_weights_no_further_than_adam_and_outliers_little(
     weight = nn.Parameter(normal(64, 64, seed=0, scale=0.2))
     start = weight.detach().clone()
     said = {"base": "adamw", "lr": 1.2e-4}
-    eta, clamp = fitting_strength(
+    eta, clamp = choose_eta_and_clamp(
         [weight], alpha="auto", scaling="auto", eta=None, clamp=None, **said
     )
     optimizer = HAM([weight], weight_decay=0.0, beta=0.0, eta=eta, clamp=clamp, **said)
