@@ -120,13 +120,16 @@ def x_axis(
     return line + marks + name
 
 
+ROOM = 16  # pixels that words above a line take
+
+
 def reference_line(frame: Frame, value: float, words: str = "") -> Markup:
     """A dashed line at a value of the y axis, with its words if there are any."""
     y = frame.y(value)
     line = Markup('<line class="reference" x1="{0}" x2="{1}" y1="{2}" y2="{2}"/>').format(
         frame.left, frame.width - frame.right, y
     )
-    text_y = y - 5 if y - frame.top > 16 else y + 14
+    text_y = y - 5 if y > ROOM else y + 14
     text = Markup('<text class="reference-name end" x="{}" y="{}">{}</text>').format(
         frame.width - frame.right, rounded(text_y), words
     )

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from hamcli.report import wording
 from hamcli.report.axes import (
     NARROW,
+    ROOM,
     WIDE,
     Frame,
     Number,
@@ -83,6 +84,7 @@ def curve(
         (min(0, step[0]), max(step[-1], step[0] + 1)),
         log_range(low, high) if log else (y_ticks[0], y_ticks[-1]),
         log=log,
+        top=ROOM + 2,  # lines run below the words of the reference, never through them
     )
     parts = [
         y_axis(frame, y_ticks, power_of_ten if log else show),

@@ -223,3 +223,12 @@ def test_a_relation_of_one_x_stands_in_the_middle_and_names_it():
     (tick,) = [one for one in shapes(drawn, "text", "tick") if "middle" in one.get("class")]
     assert tick.text == "98"
     assert float(tick.get("x")) == pytest.approx(middle, abs=0.02)
+
+
+@pytest.mark.parametrize("clamp", [0.0999, 0.05, 0.012])
+def test_the_words_of_a_limit_stand_above_it_and_within_the_picture(clamp):
+    line = charts.Line("largest", [clamp, clamp, 1e-6], "first")
+    drawn = charts.curve([0, 1, 2], [line], label="exponents", log=True, reference=(clamp, "clamp"))
+    (words,) = shapes(drawn, "text", "reference-name")
+    (limit,) = shapes(drawn, "line", "reference")
+    assert 10 < float(words.get("y")) < float(limit.get("y1"))
